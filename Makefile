@@ -1,0 +1,55 @@
+# `make` alone lists the targets. `make demo` and `make test` do all their own set-up in .venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+MODEL := models/SmolLM2-135M-Instruct/crosslore_model.json
+EXTRAS := llamafactory,eval,bnb,dev
+
+# On a shared or small machine, waiting threads must not spin; a user's own setting wins.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format model data clean
+
+help: ## List the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Install everything into .venv with the tested versions (7 GB, a few minutes; once)
+
+# The hook's files are copied into site-packages, so they are dependencies too.
+$(STAMP): pyproject.toml constraints.txt src/_crosslore_hook.py src/crosslore_llamafactory.pth src/crosslore_llamafactory.start
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1). Run: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+model: $(MODEL) ## Get and convert the embedded model, SmolLM2-135M-Instruct (once)
+
+$(MODEL): | $(STAMP)
+	$(PY) scripts/get_model.py
+
+demo: $(STAMP) $(MODEL) ## Set up, fine-tune the embedded model, evaluate before and after (15 minutes on 2 cores)
+	$(PY) scripts/demo.py
+
+test: $(STAMP) $(MODEL) ## Set up and run all checks and tests (PYTEST_ARGS="..." selects)
+	@$(MAKE) --no-print-directory check
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP) ## Format, lint, types and size limits
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(PY) scripts/check_sizes.py
+
+format: $(STAMP) ## Format the code
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+data: $(STAMP) ## Prepare GSM8K, MAWPS and E2E for training (SOURCE=folder, else the hub)
+	$(PY) scripts/prepare_data.py $(if $(SOURCE),--source $(SOURCE))
+
+clean: ## Remove .venv, the embedded model and training output
+	rm -rf $(VENV) models saves data/prepared

@@ -1,0 +1,1 @@
+"""CrossLore inside other tools."""

@@ -1,0 +1,31 @@
+"""`python -m crosslore.integrations.llamafactory train config.yaml`: llamafactory-cli with the type `crosslore`.
+
+For places where the start-up file is not allowed (`python -S`, PYTHONPATH without site-packages). Works under
+torchrun too: `torchrun --nproc-per-node 2 -m crosslore.integrations.llamafactory train config.yaml`.
+"""
+
+import os
+import sys
+
+import _crosslore_hook
+
+
+def main() -> None:
+    """Register the hook in this process and run LLaMA-Factory's command line."""
+    _crosslore_hook.register()  # type: ignore[no-untyped-call]
+    if "LOCAL_RANK" in os.environ:  # a worker of torchrun: it trains, and starts no workers of its own
+        if sys.argv[1:2] == ["train"]:
+            del sys.argv[1]
+        from llamafactory.train.tuner import run_exp
+
+        run_exp()
+        return
+    from llamafactory import cli, launcher
+
+    # The launcher starts workers as `torchrun ... {__file__} args`; they need the hook as well.
+    launcher.__file__ = "-m crosslore.integrations.llamafactory"
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The YAML fields of `finetuning_type: crosslore`: what they are, and what they become."""
+
+import dataclasses
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from llamafactory.hparams import finetuning_args as upstream
+
+from crosslore.config import ALL_LINEAR, LowRankConfig
+from crosslore.presets import get_preset
+
+# YAML name -> field of LowRankConfig.
+CONFIG_FIELDS = {
+    "rank": "rank",
+    "alpha": "scale",
+    "residual_ratio": "residual_ratio",
+    "warmup_k": "warmup_steps",
+    "crosslore_refresh_every": "refresh_every",
+    "crosslore_projector": "projector",
+    "crosslore_target": "targets",
+    "crosslore_cross_head_target": "cross_head_targets",
+    "crosslore_residual_target": "residual_targets",
+    "crosslore_residual_rule": "residual_rule",
+    "crosslore_residual_select": "residual_select",
+    "crosslore_embeddings": "embeddings",
+    "crosslore_seed": "seed",
+}
+# Values of fields whose other values are not built yet.
+ONLY = {"crosslore_gradients": "full", "crosslore_weights": "direct", "crosslore_stochastic_rounding": False}
+# Options of other methods, which this type refuses.
+OTHER_METHODS = (
+    "LoraArguments",
+    "OFTArguments",
+    "FreezeArguments",
+    "GaloreArguments",
+    "ApolloArguments",
+    "BAdamArgument",
+)
+OTHER_SWITCHES = ("use_llama_pro", "use_adam_mini", "use_muon", "use_mca", "use_hyper_parallel")
+
+
+def _option(help_text: str) -> Any:  # Any: dataclasses.field has no better type
+    return field(default=None, metadata={"help": f"CrossLore: {help_text} Default: the preset's."})
+
+
+@dataclass
+class CrossLoreArguments:
+    """Fields that `finetuning_type: crosslore` adds to a configuration."""
+
+    rank: int | None = _option("rank of the gradient subspace, from 1 to the smaller side of each target.")
+    alpha: float | None = _option("factor on the low-rank update, > 0; the effective step is learning_rate * alpha.")
+    residual_ratio: float | None = _option("share of a weight's entries that the sparse residual keeps, 0 to 1.")
+    warmup_k: int | None = _option("steps before the residual starts, >= 0.")
+    crosslore_preset: str = field(default="crosslore", metadata={"help": "CrossLore: method to start from."})
+    crosslore_refresh_every: int | None = _option("steps between two fits of the basis, >= 1.")
+    crosslore_projector: str | None = _option("how a basis is fitted: randomized or svd.")
+    crosslore_target: str | None = _option("'all' linear layers, or module names with commas.")
+    crosslore_cross_head_target: str | None = _option("modules whose heads share a basis, or 'none'.")
+    crosslore_residual_target: str | None = _option("modules with a residual, or 'all'.")
+    crosslore_residual_rule: str | None = _option("guarded, paper or exact.")
+    crosslore_residual_select: str | None = _option("moment (paper) or residual.")
+    crosslore_embeddings: str | None = _option("full, lowrank or frozen.")
+    crosslore_gradients: str = field(default="full", metadata={"help": "CrossLore: full; no other value yet."})
+    crosslore_weights: str = field(default="direct", metadata={"help": "CrossLore: direct; no other value yet."})
+    crosslore_stochastic_rounding: bool = field(default=False, metadata={"help": "CrossLore: false; no other yet."})
+    crosslore_seed: int | None = field(
+        default=None, metadata={"help": "CrossLore: seed of heads and sketches. Default: the training seed."}
+    )
+    use_crosslore: bool = field(default=False, metadata={"help": "Set by `finetuning_type: crosslore`."})
+
+
+FIELDS = {f.name for f in dataclasses.fields(CrossLoreArguments)}
+
+
+@dataclass
+class CrossLoreFinetuningArguments(CrossLoreArguments, upstream.FinetuningArguments):  # type: ignore[misc]
+    """LLaMA-Factory's arguments with the type `crosslore`.
+
+    Code downstream reads `finetuning_type == "full"`, since all weights train; `use_crosslore` is the type's flag, a
+    real field so that `dataclasses.replace` keeps it, and `to_dict` shows the honest type.
+    """
+
+    finetuning_type: Literal["lora", "oft", "freeze", "full", "crosslore"] = field(
+        default="lora", metadata={"help": "Which fine-tuning method to use."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check our fields and hand the rest to LLaMA-Factory as `full`."""
+        if self.finetuning_type == "crosslore" or self.use_crosslore:
+            self.use_crosslore, self.finetuning_type = True, "full"
+            self._refuse_other_methods()
+            for name, value in ONLY.items():
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"{name} must be {value!r} in this version, got {getattr(self, name)!r}. Leave it out."
+                    )
+            self.crosslore_overrides(training_seed=0)
+        super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:  # Any: LLaMA-Factory's own type
+        """Return the arguments as they are logged and saved, with the type that the user asked for."""
+        shown: dict[str, Any] = super().to_dict()
+        return {**shown, "finetuning_type": "crosslore"} if self.use_crosslore else shown
+
+    def crosslore_overrides(self, *, training_seed: int) -> dict[str, Any]:  # Any: see create_optimizer
+        """Return the keyword arguments for `create_optimizer`; checks each one under its YAML name.
+
+        Raises:
+            TypeError, ValueError: a field has a wrong type or value.
+        """
+        config = get_preset(self.crosslore_preset).config
+        overrides: dict[str, Any] = {"seed": training_seed}
+        for yaml_name, name in CONFIG_FIELDS.items():
+            value = getattr(self, yaml_name)
+            if value is None:
+                continue
+            if name.endswith("targets"):
+                value = _module_names(yaml_name, value)
+            try:
+                config = replace(config, **{name: value})
+            except (TypeError, ValueError) as error:
+                raise type(error)(str(error).replace(name, yaml_name, 1)) from None
+            overrides[name] = value
+        if overrides.get("residual_ratio") and config.residual is None:
+            overrides["residual"] = "sparse"
+        return overrides
+
+    def _refuse_other_methods(self) -> None:
+        """Raise a ValueError if options of another method are set; values equal to their defaults are fine."""
+        groups = [getattr(upstream, name) for name in OTHER_METHODS if hasattr(upstream, name)]
+        foreign = {f.name: f.default for group in groups for f in dataclasses.fields(group)}
+        foreign.update(dict.fromkeys(OTHER_SWITCHES, False))
+        mixed = sorted(name for name, default in foreign.items() if getattr(self, name, default) != default)
+        if mixed:
+            raise ValueError(
+                f"`finetuning_type: crosslore` does not go with the options of other methods: "
+                f"{', '.join(f'{name}={getattr(self, name)!r}' for name in mixed)}. Remove them; its own options are "
+                "rank, alpha, residual_ratio, warmup_k and those that start with crosslore_."
+            )
+
+
+def _module_names(yaml_name: str, value: object) -> str | tuple[str, ...] | None:
+    """Return the module names of a comma-separated text; "all" and "none" where the field knows them."""
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{yaml_name} must be a text of module names with commas, got {value!r}. Example: q_proj,k_proj"
+        )
+    names = tuple(part.strip() for part in value.split(",") if part.strip())
+    if names == ("all",):
+        if yaml_name == "crosslore_cross_head_target":
+            raise ValueError(f"{yaml_name} must name modules or be 'none', got 'all'. Example: q_proj,k_proj")
+        return ALL_LINEAR if yaml_name == "crosslore_target" else None
+    if names == ("none",):
+        if yaml_name == "crosslore_cross_head_target":
+            return None
+        raise ValueError(
+            f"{yaml_name} must name modules or be 'all', got 'none'. Set residual_ratio: 0 for no residual."
+        )
+    if not names:
+        raise ValueError(f"{yaml_name} must name modules, got {value!r}. Example: q_proj,k_proj")
+    return names
+
+
+def describe(config: LowRankConfig) -> str:
+    """Return the method in a few words, for the log."""
+    residual = f"residual {config.residual_ratio:.1%} ({config.residual_rule})" if config.residual else "no residual"
+    return f"rank {config.rank}, alpha {config.scale:g}, {residual}"

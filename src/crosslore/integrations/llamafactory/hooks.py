@@ -1,0 +1,155 @@
+"""The seams: what is changed in four modules of LLaMA-Factory, right after each of them ran.
+
+| module | seam | change |
+|---|---|---|
+| launcher | `launch` | checks the stack under it before the heavy imports |
+| hparams.parser | `_parse_args` | parses our fields when the type is asked for |
+| model.adapter | `_setup_full_tuning` | logs the honest type |
+| train.trainer_utils | `create_custom_optimizer`, `create_modelcard_and_push` | our optimizer, the honest type |
+
+For every other fine-tuning type each of them calls the original with the original arguments.
+"""
+
+import copy
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from types import ModuleType
+from typing import Any
+
+from crosslore.integrations.llamafactory import compat
+
+TYPE = "crosslore"
+
+
+def patch(module: ModuleType) -> None:
+    """Change one module that just ran; a seam that is not there is remembered and raised when the type is used."""
+    for name, make in SEAMS[module.__name__].items():
+        original = getattr(module, name, None)
+        if not callable(original):
+            compat.report(f"{module.__name__} has no function {name}")
+        elif not hasattr(original, "__crosslore__"):
+            wrapped = functools.wraps(original)(make(module, original))
+            wrapped.__crosslore__ = True  # type: ignore[attr-defined]
+            setattr(module, name, wrapped)
+
+
+def asks_for_type(args: Any) -> bool:  # Any: a dict from a file, or a list of command-line words
+    """Return whether these arguments ask for `finetuning_type: crosslore`."""
+    if isinstance(args, dict):
+        return args.get("finetuning_type") == TYPE
+    words = [str(arg) for arg in args]
+    pairs = zip(words, words[1:] + [""], strict=True)
+    return f"--finetuning_type={TYPE}" in words or ("--finetuning_type", TYPE) in pairs
+
+
+def _wrap_launch(module: ModuleType, launch: Callable[[], None]) -> Callable[[], None]:
+    def checked_launch() -> None:
+        if _command_line_asks_for_type(sys.argv[2:]):
+            compat.require_supported()
+            compat.require_matching_torch()
+        launch()
+
+    return checked_launch
+
+
+def _command_line_asks_for_type(words: list[str]) -> bool:
+    """Return whether `llamafactory-cli COMMAND words` asks for the type; an unreadable file is left to upstream."""
+    overrides = dict(word.split("=", 1) for word in words[1:] if "=" in word and not word.startswith("-"))
+    if "finetuning_type" in overrides or not words or not words[0].endswith((".yaml", ".yml", ".json")):
+        return overrides.get("finetuning_type") == TYPE or asks_for_type(words)
+    import yaml  # LLaMA-Factory depends on it; JSON is YAML too
+
+    try:
+        with open(words[0], encoding="utf-8") as file:
+            return asks_for_type(yaml.safe_load(file) or {})
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):
+        return False
+
+
+def _wrap_parse(module: ModuleType, parse: Callable[..., Any]) -> Callable[..., Any]:
+    def parse_with_type(parser: Any, args: Any = None, allow_extra_keys: bool = False) -> Any:
+        kinds = list(parser.dataclass_types)
+        args = module.read_args(args)
+        wants_help = isinstance(args, list) and ("-h" in args or "--help" in args)
+        if module.FinetuningArguments not in kinds or not (asks_for_type(args) or wants_help):
+            return parse(parser, args, allow_extra_keys)
+        compat.require_supported()
+        from crosslore.integrations.llamafactory.arguments import FIELDS, CrossLoreFinetuningArguments
+        from crosslore.integrations.llamafactory.checks import check_run, check_sharding_keys
+
+        compat.require_no_clash(FIELDS, {name for kind in kinds for name in kind.__dataclass_fields__})
+        kinds[kinds.index(module.FinetuningArguments)] = CrossLoreFinetuningArguments
+        if isinstance(args, dict) and not allow_extra_keys:
+            _refuse_unknown_keys(args, {name for kind in kinds for name in kind.__dataclass_fields__})
+        check_sharding_keys(args)
+        parsed = parse(type(parser)(kinds), args, allow_extra_keys)
+        check_run(parsed)
+        return parsed
+
+    return parse_with_type
+
+
+def _refuse_unknown_keys(args: dict[str, Any], known: set[str]) -> None:
+    for key in args:
+        if key not in known:
+            near = get_close_matches(str(key), sorted(known), n=3, cutoff=0.6)
+            hint = f"Did you mean {' or '.join(near)}?" if near else "See `llamafactory-cli train -h` for all fields."
+            raise ValueError(f"unknown field {key!r} in the configuration. {hint}")
+
+
+def _wrap_full_tuning(module: ModuleType, setup: Callable[..., Any]) -> Callable[..., Any]:
+    def setup_with_honest_log(model: Any, finetuning_args: Any, *args: Any, **kwargs: Any) -> Any:
+        if not getattr(finetuning_args, "use_crosslore", False):
+            return setup(model, finetuning_args, *args, **kwargs)
+
+        def rename(record: logging.LogRecord) -> bool:
+            record.msg = str(record.msg).replace("Fine-tuning method: Full", "Fine-tuning method: CrossLore")
+            return True
+
+        module.logger.addFilter(rename)
+        try:
+            return setup(model, finetuning_args, *args, **kwargs)
+        finally:
+            module.logger.removeFilter(rename)
+
+    return setup_with_honest_log
+
+
+def _wrap_optimizer(module: ModuleType, create: Callable[..., Any]) -> Callable[..., Any]:
+    def create_with_type(model: Any, training_args: Any, finetuning_args: Any) -> Any:
+        if not getattr(finetuning_args, "use_crosslore", False):
+            return create(model, training_args, finetuning_args)
+        from crosslore.integrations.llamafactory.optimizer import create_crosslore_optimizer
+
+        optimizer = create_crosslore_optimizer(model, training_args, finetuning_args)
+        module.logger.info_rank0(f"Using CrossLore ({finetuning_args.crosslore_preset}): {optimizer!r}")
+        return optimizer
+
+    return create_with_type
+
+
+def _wrap_model_card(module: ModuleType, push: Callable[..., Any]) -> Callable[..., Any]:
+    def push_with_honest_type(
+        trainer: Any, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any
+    ) -> Any:
+        if getattr(finetuning_args, "use_crosslore", False):
+            finetuning_args = copy.copy(finetuning_args)
+            finetuning_args.finetuning_type = TYPE
+        return push(trainer, model_args, data_args, training_args, finetuning_args)
+
+    return push_with_honest_type
+
+
+# Module -> function -> what makes the replacement from (module, original).
+SEAMS: dict[str, dict[str, Callable[[ModuleType, Callable[..., Any]], Callable[..., Any]]]] = {
+    "llamafactory.launcher": {"launch": _wrap_launch},
+    "llamafactory.hparams.parser": {"_parse_args": _wrap_parse},
+    "llamafactory.model.adapter": {"_setup_full_tuning": _wrap_full_tuning},
+    "llamafactory.train.trainer_utils": {
+        "create_custom_optimizer": _wrap_optimizer,
+        "create_modelcard_and_push": _wrap_model_card,
+    },
+}

@@ -1,0 +1,1 @@
+"""What happens to the old moments when the basis changes."""

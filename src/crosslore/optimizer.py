@@ -1,0 +1,224 @@
+"""The optimizer: groups of plain values, state of tensors, one step function per weight."""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from crosslore.checkpoint import check_same_structure, restore_dtypes
+from crosslore.config import Hyper, LowRankConfig, check_hyper
+from crosslore.layout import Block, MatrixLayout, shorter_side
+from crosslore.registry import build_rule
+from crosslore.step import build_method, fullrank_step, lowrank_step
+
+logger = logging.getLogger(__name__)
+
+
+class LowRankOptimizer(Optimizer):
+    """Adam's moments in a low-rank gradient subspace, for every method of the GaLore family.
+
+    `crosslore.create_optimizer` builds one from a model. By hand: a parameter group with a `rank` keeps its
+    matrices in low rank, on the shorter side as GaLore does; a group without one trains at full rank.
+
+        LowRankOptimizer([{"params": matrices, "rank": 128, "scale": 0.25}, {"params": others}], lr=1e-5)
+
+    Group options are the fields of `LowRankConfig` and `lr`, `betas`, `eps`, `weight_decay`. `state[p]` holds
+    tensors only: `step`, `basis`, `exp_avg`, `exp_avg_sq`, `res_index`, `res_avg`, `res_avg_sq`; those of the parts
+    of a fused weight are prefixed, e.g. `q_proj.basis`.
+
+    A weight with a non-finite gradient is skipped for that step, state and all (`nonfinite_skips` counts them).
+    One whose gradient has been all zero so far has no basis yet: it decays and waits.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups, as torch.optim takes them.
+        lr: learning rate, >= 0.
+        betas: decay rates of the two moments, in [0, 1).
+        eps: added to the denominator, >= 0.
+        weight_decay: decoupled, >= 0.
+        config: defaults of the groups' other options.
+
+    Raises:
+        TypeError, ValueError: an option has the wrong type or range; a matrix does not fit the rank.
+    """
+
+    def __init__(
+        self,
+        params: Any,  # Any: torch's own type for it is private
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        config: LowRankConfig | None = None,
+    ) -> None:
+        """Build the groups; no state is allocated before the first step."""
+        check_hyper(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.nonfinite_skips: dict[str, int] = {}
+        self._plans: dict[int, list[list[Block]]] = {}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, **asdict(config or LowRankConfig())})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:  # Any: torch's own dict
+        """Add a group; it is low-rank if it has a `rank` (or `blocks`, as `create_optimizer` gives)."""
+        low_rank = "rank" in param_group
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_hyper(**{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
+            config = LowRankConfig.from_group(group)
+            if "blocks" not in group:
+                names = self._names(len(self.param_groups) - 1)
+                shapes = zip(names, group["params"], strict=True)
+                group["blocks"] = [_default_blocks(n, p, config) if low_rank else [] for n, p in shapes]
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # Any: torch's own dict
+        """Restore after pickling, copying or loading."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("nonfinite_skips", {})
+        self._plans = {}
+
+    def __repr__(self) -> str:
+        """Return one line per group: what it holds and its main options."""
+        lines = []
+        for i, group in enumerate(self.param_groups):
+            low = sum(bool(blocks) for blocks in group["blocks"])
+            text = f"  {i}: {low} low-rank and {len(group['params']) - low} full-rank weights, lr {group['lr']:g}"
+            if low:
+                keys = ("rank", "scale", "projector", "residual", "residual_ratio", "refresh_every")
+                text += "".join(f", {key} {group[key]}" for key in keys)
+            lines.append(f"{text}, rule {group['rule']}, weight_decay {group['weight_decay']:g}")
+        return "LowRankOptimizer(\n" + "\n".join(lines) + "\n)"
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Do one step of every weight that has a gradient; return the closure's loss.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: if a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        todo = [(g, i, p) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])]
+        todo = [item for item in todo if item[2].grad is not None and item[2].numel() > 0]
+        peaks = _largest_entries([p.grad for _, _, p in todo])
+        finite = [peak < float("inf") for peak in peaks]  # False for inf and for NaN
+        if not all(finite):
+            self._count_skips([self._names(g)[i] for (g, i, _), ok in zip(todo, finite, strict=True) if not ok])
+        methods = [(LowRankConfig.from_group(group), _hyper(group)) for group in self.param_groups]
+        for (g, i, p), peak, ok in zip(todo, peaks, finite, strict=True):
+            if ok:
+                self._step_weight(g, i, p, *methods[g], zero=peak == 0)
+        return loss
+
+    def _step_weight(self, g: int, i: int, p: Tensor, config: LowRankConfig, hp: Hyper, *, zero: bool) -> None:
+        """Do one step of weight i of group g; its gradient is finite, and all zero if `zero`."""
+        assert p.grad is not None
+        blocks, state, name = self._plan(g)[i], self.state[p], self._names(g)[i]
+        if not blocks:
+            t = _advance(state)
+            rule = build_rule(config.rule, eps_placement=config.eps_placement)
+            fullrank_step(p, p.grad, state, rule, Hyper(**{**asdict(hp), "scale": 1.0}), t)
+            return
+        if zero and f"{blocks[0].key}basis" not in state:
+            p.mul_(hp.weight_factor)
+            return
+        t = _advance(state)
+        for block in blocks:
+            method = build_method(config, cross_head=block.cross_head, residual=block.residual)
+            part = {k.removeprefix(block.key): v for k, v in state.items() if k.startswith(block.key)}
+            weight, grad = (p, p.grad) if block.span is None else (block.span.take(p), block.span.take(p.grad))
+            lowrank_step(weight, grad, part, method, block.layout, hp, t, name=block.key + name, may_fit=not zero)
+            state.update({f"{block.key}{k}": v for k, v in part.items() if k != "step"})
+            if block.span is not None:
+                block.span.put_(p, weight)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: torch's own dict
+        """Load a state; every tensor keeps the dtype it was saved in (torch would cast it to the weight's).
+
+        Raises:
+            ValueError: if the checkpoint is of another optimizer, or of other ranks or shapes than this one.
+        """
+        seen: list[dict[str, Any]] = []
+        capture = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded))  # after others' hooks
+        try:
+            check_same_structure(self.param_groups, state_dict["param_groups"], names=self._names)
+            super().load_state_dict(state_dict)
+        finally:
+            capture.remove()
+        restore_dtypes(self, seen[-1])
+
+    def _names(self, g: int) -> list[str]:
+        group = self.param_groups[g]
+        names: Iterable[str] = group.get("param_names") or (f"group{g}.{i}" for i in range(len(group["params"])))
+        return list(names)
+
+    def _plan(self, g: int) -> list[list[Block]]:
+        """Return the blocks of group g's weights, rebuilt from plain values once."""
+        if g not in self._plans:
+            self._plans[g] = [[Block.from_plain(b) for b in blocks] for blocks in self.param_groups[g]["blocks"]]
+        return self._plans[g]
+
+    def _count_skips(self, names: list[str]) -> None:
+        """Count the skipped weights; warn at the first time only."""
+        first = not self.nonfinite_skips
+        for name in names:
+            self.nonfinite_skips[name] = self.nonfinite_skips.get(name, 0) + 1
+        log = logger.warning if first else logger.debug
+        log(
+            "The gradient of %d weights is not finite, first %s: their step is skipped, basis and moments keep "
+            "their values. Lower the learning rate or look at the data if it happens often; the count per weight "
+            "is in `optimizer.nonfinite_skips`, further ones are not logged.",
+            len(names),
+            names[0],
+        )
+
+
+def _default_blocks(name: str, weight: Tensor, config: LowRankConfig) -> list[dict[str, Any]]:
+    """Return the plain blocks of a matrix about which only its shape is known."""
+    if weight.dim() != 2:
+        raise ValueError(
+            f"a group with `rank` takes matrices, got {name} with shape {tuple(weight.shape)}. "
+            "Put it into a group without `rank`."
+        )
+    rows, cols = weight.shape
+    try:
+        layout = MatrixLayout(rows=rows, cols=cols, rank=config.rank, side=shorter_side(rows, cols))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return [Block(layout=layout, residual=config.residual is not None).to_plain()]
+
+
+def _hyper(group: dict[str, Any]) -> Hyper:
+    return Hyper(**{f.name: group[f.name] for f in fields(Hyper) if f.name != "lr"}, lr=float(group["lr"]))
+
+
+def _advance(state: dict[str, Tensor]) -> int:
+    """Count one step; the counter lives on the CPU, so reading it asks no device."""
+    if "step" not in state:
+        state["step"] = torch.tensor(0.0, dtype=torch.float32)
+    state["step"] += 1
+    return int(state["step"].item())
+
+
+def _largest_entries(grads: list[Tensor]) -> list[float]:
+    """Return max|G| of each gradient (inf or NaN if it is not finite); one transfer from the device in all."""
+    for grad in grads:
+        if grad.is_sparse:
+            raise RuntimeError("sparse gradients are not supported. Use nn.Embedding(sparse=False).")
+    if not grads:
+        return []
+    peaks = [torch.linalg.vector_norm(grad, float("inf")) for grad in grads]
+    peaks_list: list[float] = torch.stack([peak.to(peaks[0].device, torch.float64) for peak in peaks]).tolist()
+    return peaks_list

@@ -1,0 +1,79 @@
+"""What every projector shares: projecting, projecting back, and applying an update."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from crosslore.layout import MatrixLayout
+
+if TYPE_CHECKING:
+    from crosslore.config import LowRankConfig
+
+
+@dataclass(frozen=True)
+class Projector(ABC):
+    """Fits a basis and moves matrices between full and compact space.
+
+    A subclass writes `fit` alone. Its dataclass fields are its options and carry the names of
+    `LowRankConfig` fields.
+    """
+
+    @classmethod
+    def from_config(cls, config: "LowRankConfig") -> Self:
+        """Return the projector with its options taken from `config`."""
+        return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
+
+    @abstractmethod
+    def fit(self, grad: Tensor, layout: MatrixLayout, *, previous: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Return P with orthonormal columns: (rows, r) for side "left", (cols, r) for "right".
+
+        Args:
+            grad: gradient, (rows, cols), any float dtype.
+            layout: shape, side and rank; `grad` has its shape.
+            previous: the basis in use, or None at the first fit.
+            generator: CPU generator for whatever is drawn.
+
+        Returns:
+            fp32 tensor (fp64 for fp64 gradients) on the device of `grad`.
+        """
+
+    def project(self, grad: Tensor, basis: Tensor, layout: MatrixLayout) -> Tensor:
+        """Return the compact gradient R: P^T G (r, cols) on the left, G P (rows, r) on the right; Eq. 7."""
+        return basis.mT @ grad if layout.side == "left" else grad @ basis
+
+    def project_back(self, low: Tensor, basis: Tensor, layout: MatrixLayout) -> Tensor:
+        """Return the (rows, cols) matrix that `low` stands for: P R or R P^T; Eq. 4.
+
+        Allocates rows * cols elements: in a step use `add_back_`.
+        """
+        a, b = layout.factors(low, basis)
+        return a @ b.mT
+
+    def add_back_(
+        self, weight: Tensor, low: Tensor, basis: Tensor, layout: MatrixLayout, *, alpha: float, beta: float
+    ) -> None:
+        """Set weight <- beta * weight + alpha * P R in one pass, without a (rows, cols) temporary.
+
+        Args:
+            weight: (rows, cols), changed in place.
+            low: compact update, cast to the weight's dtype.
+            basis: P, cast to the weight's dtype.
+            layout: shape and side.
+            alpha: factor on the update, -lr * scale.
+            beta: factor on the weight, 1 - lr * weight_decay.
+        """
+        a, b = layout.factors(low.to(weight.dtype), basis.to(weight.dtype))
+        weight.addmm_(a, b.mT, alpha=alpha, beta=beta)
+
+
+def as_float(grad: Tensor) -> Tensor:
+    """Return the gradient in a dtype that factorisations take: fp32, or fp64 as it is."""
+    return grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
+
+
+def oriented(grad: Tensor, layout: MatrixLayout) -> Tensor:
+    """Return the matrix whose column space is wanted: G on the left, G^T on the right; fp32 or fp64."""
+    return as_float(grad) if layout.side == "left" else as_float(grad).mT

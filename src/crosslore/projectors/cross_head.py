@@ -1,0 +1,54 @@
+"""Eq. 3-4: the basis of one head's gradient, shared by all heads of the layer."""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from crosslore.layout import MatrixLayout
+from crosslore.projectors.base import Projector
+from crosslore.projectors.randomized import Randomized
+
+if TYPE_CHECKING:
+    from crosslore.config import LowRankConfig
+
+
+@dataclass(frozen=True)
+class CrossHead(Projector):
+    """Fits another projector to the rows of a few randomly drawn heads.
+
+    One head of width d_k spans at most d_k directions, so ceil(r / d_k) heads are drawn without replacement
+    (the paper draws one, and does not say what it does at r = 256 > d_k = 128). New heads at each refresh.
+    Under grouped-query attention the key has `num_key_value_heads` heads.
+    """
+
+    # What fits the basis to the drawn rows.
+    inner: Projector = field(default_factory=Randomized)
+
+    @classmethod
+    def from_config(cls, config: "LowRankConfig") -> Self:
+        """Return cross-head sharing around the projector that `config` names."""
+        from crosslore.registry import build_projector
+
+        return cls(inner=build_projector(config))
+
+    def fit(self, grad: Tensor, layout: MatrixLayout, *, previous: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Return P_i of Eq. 3, (cols, r): heads are blocks of rows, and what they share is the input side.
+
+        Raises:
+            ValueError: if the layout's side is not "right".
+        """
+        if layout.side != "right":
+            raise ValueError(f"cross-head sharing needs side 'right', got {layout.side!r}. Let `layout` decide it.")
+        rows = torch.cat([grad[h * layout.head_width : (h + 1) * layout.head_width] for h in drawn(layout, generator)])
+        part = replace(layout, rows=rows.shape[0], heads=1)
+        return self.inner.fit(rows, part, previous=previous, generator=generator)
+
+
+def drawn(layout: MatrixLayout, generator: torch.Generator) -> list[int]:
+    """Return the ceil(r / d_k) heads whose gradient is looked at, in the order drawn."""
+    count = math.ceil(layout.rank / layout.head_width)
+    heads: list[int] = torch.randperm(layout.heads, generator=generator)[:count].tolist()
+    return heads

@@ -1,0 +1,1 @@
+"""What is done about the part of the gradient that the projection leaves out."""

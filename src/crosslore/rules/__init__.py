@@ -1,0 +1,1 @@
+"""Update rules, for compact and for full tensors alike."""

@@ -139,7 +139,9 @@ class LowRankOptimizer(Optimizer):
             method = build_method(config, cross_head=block.cross_head, residual=block.residual)
             part = {k.removeprefix(block.key): v for k, v in state.items() if k.startswith(block.key)}
             weight, grad = (p, p.grad) if block.span is None else (block.span.take(p), block.span.take(p.grad))
-            lowrank_step(weight, grad, part, method, block.layout, hp, t, name=block.key + name, may_fit=not zero)
+            lowrank_step(
+                weight, grad, part, method, block.layout, hp, t, name=_draw_name(name, block.key), may_fit=not zero
+            )
             state.update({f"{block.key}{k}": v for k, v in part.items() if k != "step"})
             if block.span is not None:
                 block.span.put_(p, weight)
@@ -198,6 +200,11 @@ def _default_blocks(name: str, weight: Tensor, config: LowRankConfig) -> list[di
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     return [Block(layout=layout, residual=config.residual is not None).to_plain()]
+
+
+def _draw_name(name: str, key: str) -> str:
+    """Return the name that seeds a block's draws: a part of a fused weight is named as a separate one would be."""
+    return f"{name.rsplit('.', 2)[0]}.{key}weight" if key else name
 
 
 def _hyper(group: dict[str, Any]) -> Hyper:

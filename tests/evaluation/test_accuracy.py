@@ -30,7 +30,8 @@ def test_answer_is_the_number_after_the_mark(text: str, value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "the answer is 18", "### 18", "####", "#### none", "#### 1.2.3", "#### __import__('os')", "#### \u0664"]
+    "text",
+    ["", "the answer is 18", "### 18", "####", "#### none", "#### 1.2.3", "#### __import__('os')", "#### \u0664"],
 )
 def test_text_without_a_readable_answer_gives_none(text: str) -> None:
     assert read_answer(text) is None

@@ -52,7 +52,9 @@ def prompts() -> list[str]:
 
 @pytest.mark.parametrize("row", ROWS)
 def test_prompt_equals_what_llamafactory_trains_on(row: tuple[str, str], tokenizer: Any) -> None:
-    llamafactory = pytest.importorskip("llamafactory", reason='needs llamafactory: pip install "crosslore[llamafactory]"')
+    llamafactory = pytest.importorskip(
+        "llamafactory", reason='needs llamafactory: pip install "crosslore[llamafactory]"'
+    )
     from llamafactory.data.converter import AlpacaDatasetConverter
     from llamafactory.data.parser import DatasetAttr
     from llamafactory.data.template import TEMPLATES
@@ -69,7 +71,9 @@ def test_prompt_equals_what_llamafactory_trains_on(row: tuple[str, str], tokeniz
 
 
 @pytest.mark.parametrize("batch_size", [2, 4, 6])
-def test_batched_answers_equal_answers_one_by_one(model: Any, tokenizer: Any, prompts: list[str], batch_size: int) -> None:
+def test_batched_answers_equal_answers_one_by_one(
+    model: Any, tokenizer: Any, prompts: list[str], batch_size: int
+) -> None:
     single = [generate(model, tokenizer, [p], max_new_tokens=12, show_progress=False)[0] for p in prompts]
     together = generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=batch_size, show_progress=False)
     assert together == single

@@ -117,7 +117,9 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "kind", "text"), ERRORS, ids=[f"{k}={v}" for o, _, _ in ERRORS for k, v in o.items()])
+@pytest.mark.parametrize(
+    ("options", "kind", "text"), ERRORS, ids=[f"{k}={v}" for o, _, _ in ERRORS for k, v in o.items()]
+)
 def test_wrong_options_are_refused_before_the_model_changes(options: dict, kind: type, text: str) -> None:
     model = tiny_decoder()
     before = [p.clone() for p in model.parameters()]
@@ -127,7 +129,9 @@ def test_wrong_options_are_refused_before_the_model_changes(options: dict, kind:
 
 
 def test_unknown_presets_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown preset 'crosslor'. Did you mean 'crosslore'.*Known: crosslore, galore"):
+    with pytest.raises(
+        ValueError, match="unknown preset 'crosslor'. Did you mean 'crosslore'.*Known: crosslore, galore"
+    ):
         create_optimizer(tiny_decoder(), "crosslor", lr=1e-3)
 
 

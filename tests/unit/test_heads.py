@@ -92,7 +92,9 @@ def test_a_fused_weight_trains_as_separate_ones_would() -> None:
     for grad in grads:
         fused.model.layers[0].self_attn.qkv_proj.weight.grad = grad
         attention = separate.model.layers[0].self_attn
-        for layer_, part in zip((attention.q_proj, attention.k_proj, attention.v_proj), grad.split([32, 16, 16]), strict=True):
+        for layer_, part in zip(
+            (attention.q_proj, attention.k_proj, attention.v_proj), grad.split([32, 16, 16]), strict=True
+        ):
             layer_.weight.grad = part.contiguous()
         for optimizer in optimizers:
             optimizer.step()

@@ -79,7 +79,9 @@ def test_another_rank_is_refused_by_name() -> None:
     optimizer = create_optimizer(model, **OPTIONS)
     train(model, optimizer, range(2))
     other = create_optimizer(model, **{**OPTIONS, "rank": 3})
-    with pytest.raises(ValueError, match=r"self_attn\.q_proj\.weight was saved as 32 x 32 rank 4 right.*asks for.*rank 3"):
+    with pytest.raises(
+        ValueError, match=r"self_attn\.q_proj\.weight was saved as 32 x 32 rank 4 right.*asks for.*rank 3"
+    ):
         other.load_state_dict(saved(optimizer))
     assert not other.state
 

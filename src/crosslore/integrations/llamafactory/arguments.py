@@ -86,9 +86,11 @@ class CrossLoreFinetuningArguments(CrossLoreArguments, upstream.FinetuningArgume
 
     def __post_init__(self) -> None:
         """Check our fields and hand the rest to LLaMA-Factory as `full`."""
-        if self.finetuning_type == "crosslore" or self.use_crosslore:
-            self.use_crosslore, self.finetuning_type = True, "full"
-            self._refuse_other_methods()
+        if self.finetuning_type == "crosslore":
+            self._refuse_other_methods()  # before LLaMA-Factory rewrites their defaults
+            self.use_crosslore = True
+        if self.use_crosslore:
+            self.finetuning_type = "full"
             for name, value in ONLY.items():
                 if getattr(self, name) != value:
                     raise ValueError(

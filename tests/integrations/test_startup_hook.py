@@ -18,8 +18,8 @@ modules = set(sys.modules)
 start = time.perf_counter()
 import {module}
 elapsed = time.perf_counter() - start
-heavy = [m for m in set(sys.modules) - modules if m.split(".")[0] in ("torch", "llamafactory", "transformers", "crosslore")]
-print(elapsed * 1000, len(heavy))
+loaded = {{m.split(".")[0] for m in set(sys.modules) - modules}}
+print(elapsed * 1000, len(loaded & {{"torch", "llamafactory", "transformers", "crosslore"}}))
 """
 
 

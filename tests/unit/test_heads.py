@@ -47,7 +47,8 @@ FUSED = {
     "FalconConfig": ({**SMALL, "num_kv_heads": 2, "new_decoder_architecture": True}, "query_key_value", (4, 2)),
     "MptConfig": ({"d_model": 32, "n_heads": 4, "n_layers": 1, "vocab_size": 40}, "Wqkv", (4, 4)),
     "DbrxConfig": ({"d_model": 32, "n_heads": 4, "n_layers": 1, "vocab_size": 40, "max_seq_len": 16,
-                    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 32}},
+                    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+                    "ffn_config": {"ffn_hidden_size": 32}},
                    "Wqkv", (4, 2)),
     "GPTBigCodeConfig": ({"n_embd": 32, "n_head": 4, "n_layer": 1, "vocab_size": 40}, "c_attn", (4, 1)),
 }  # fmt: skip

@@ -1,0 +1,84 @@
+"""What every registered update rule must do."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from crosslore import create_optimizer
+from crosslore.config import Hyper
+from crosslore.registry import REGISTRY, build_rule
+from tests.unit.models import tiny_decoder, train
+
+HP = Hyper(lr=1e-2, scale=1.0, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8)
+RULES = sorted(REGISTRY["rule"])
+
+
+def rule_of(name: str):
+    if name.endswith("8bit"):
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra bnb)")
+    return build_rule(name, eps_placement="corrected")
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("shape", [(3,), (8, 5), (80, 70), (2, 3, 4)])
+def test_updates_follow_torch_adamw(name: str, shape: tuple[int, ...]) -> None:
+    """Exactly for fp32 moments; within the quantiser's few percent for 8-bit ones."""
+    rule, p = rule_of(name), torch.nn.Parameter(torch.zeros(shape))
+    adamw, state = torch.optim.AdamW([p], lr=1.0, betas=HP.betas, weight_decay=0.0), {}
+    for t in range(1, 6):
+        grad = torch.randn(shape, generator=torch.Generator().manual_seed(t)) + 1
+        state = state or rule.init(grad)
+        p.grad, before = grad.clone(), p.detach().clone()
+        adamw.step()
+        update = rule.update(grad, state, t, HP)
+        tolerance = 0.05 if name.endswith("8bit") else 1e-5
+        assert update.dtype == torch.float32
+        assert ((before - p.detach()) - update).norm() <= tolerance * update.norm()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_moments_are_what_adam_keeps(name: str) -> None:
+    rule, grad = rule_of(name), torch.randn(80, 70, generator=torch.Generator().manual_seed(0))
+    state = rule.init(grad)
+    rule.update(grad, state, 1, HP)
+    torch.testing.assert_close(rule.first_moment(state), 0.1 * grad, rtol=0.1, atol=1e-3)
+    torch.testing.assert_close(rule.second_moment(state), 0.01 * grad * grad, rtol=0.2, atol=1e-3)
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+def test_8bit_moments_take_a_quarter_of_the_memory_and_small_ones_stay_fp32() -> None:
+    rule = rule_of("adamw8bit")
+    large, small = rule.init(torch.zeros(128, 64)), rule.init(torch.zeros(8, 8))
+    assert large["exp_avg"].dtype == torch.uint8 and small["exp_avg"].dtype == torch.float32
+    held = sum(v.numel() * v.element_size() for v in large.values())
+    assert held == 2 * (128 * 64 + 4 * 128 * 64 // 256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_8bit_training_resumes_bitwise(dtype: torch.dtype) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra bnb)")
+    options = {"lr": 1e-3, "rank": 32, "rule": "adamw8bit", "warmup_steps": 1, "residual_ratio": 0.1}
+    models = [tiny_decoder(width=128).to(dtype) for _ in range(2)]
+    first, second = (create_optimizer(m, **options) for m in models)
+    train(models[0], first, range(3))
+    assert first.state[models[0].up_proj.weight]["exp_avg"].dtype == torch.uint8
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_dict(first.state_dict())
+    assert train(models[0], first, range(3, 6)) == train(models[1], second, range(3, 6))
+
+
+def test_a_missing_bitsandbytes_names_the_line_that_installs_it() -> None:
+    code = (
+        "import sys; sys.modules['bitsandbytes'] = None; import torch; from crosslore import LowRankOptimizer; "
+        "p = torch.nn.Parameter(torch.ones(3)); o = LowRankOptimizer([{'params': [p], 'rule': 'adamw8bit'}]); "
+        "p.grad = torch.ones(3); o.step()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert 'pip install "crosslore[bnb]"' in result.stderr
+
+
+def test_importing_the_package_loads_torch_and_nothing_heavier() -> None:
+    code = "import sys, crosslore; print(sorted({'transformers', 'llamafactory', 'bitsandbytes'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

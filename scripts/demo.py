@@ -83,7 +83,7 @@ def read_rows(path: Path, count: int) -> list[dict[str, str]]:
 
 
 def read_references(data: Path, task: Task, rows: list[dict[str, str]]) -> list[list[str]]:
-    """Return every reference text of each row: those of `<task>_test_references.jsonl` if it is there, else `output`."""
+    """Return all references of each row: those of `<task>_test_references.jsonl` if it is there, else `output`."""
     file = data / f"{task.name}_test_references.jsonl"
     if not file.is_file():
         return [[row["output"]] for row in rows]
@@ -126,6 +126,7 @@ def score(task: Task, predictions: list[str], references: list[list[str]]) -> di
 def evaluate(model_folder: Path, data: Path, rows: int) -> dict[str, Any]:
     """Return scores, predictions, seconds and peak memory of one model on the first held-out rows of each task."""
     import torch
+
     from crosslore_eval.generate import chatml_prompt, generate, load_model
 
     started = time.perf_counter()

@@ -4,6 +4,7 @@ For places where the start-up file is not allowed (`python -S`, PYTHONPATH witho
 torchrun too: `torchrun --nproc-per-node 2 -m crosslore.integrations.llamafactory train config.yaml`.
 """
 
+import importlib.util
 import os
 import sys
 
@@ -12,6 +13,8 @@ import _crosslore_hook
 
 def main() -> None:
     """Register the hook in this process and run LLaMA-Factory's command line."""
+    if importlib.util.find_spec("llamafactory") is None:
+        sys.exit('llamafactory is not installed. Run `pip install "crosslore[llamafactory]"`.')
     _crosslore_hook.register()  # type: ignore[no-untyped-call]
     if "LOCAL_RANK" in os.environ:  # a worker of torchrun: it trains, and starts no workers of its own
         if sys.argv[1:2] == ["train"]:

@@ -99,7 +99,7 @@ def environment() -> dict[str, Any]:
         "device": f"CPU, {os.cpu_count()} cores",
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS", "not set"),
         "data_sha256": hashlib.sha256(data.read_bytes()).hexdigest(),
-        "command": "python " + " ".join(["benchmarks/e2e_training_loss.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
     }
 
 

@@ -31,7 +31,8 @@ class SeamFinder:
         spec = next((s for s in (f.find_spec(name, path, target) for f in finders) if s is not None), None)
         if spec is not None and hasattr(spec.loader, "exec_module"):
             run = spec.loader.exec_module
-            spec.loader.exec_module = lambda module: (run(module), after_import(module))
+            # A loader may serve several modules (zipimport): only seams are passed on.
+            spec.loader.exec_module = lambda module: (run(module), module.__name__ in SEAMS and after_import(module))
         return spec
 
 

@@ -30,6 +30,12 @@ def check_same_structure(current: Groups, saved: Groups, *, names: Callable[[int
             "Resume from a checkpoint of the same fine-tuning type, or start afresh."
         )
     for g, (mine, theirs) in enumerate(zip(current, saved, strict=False)):
+        for name, there in zip(names(g), theirs.get("param_names", ()), strict=False):
+            if name != there and "param_names" in mine:
+                raise ValueError(
+                    f"the checkpoint has the weight {there} where this run has {name}. "
+                    "Resume with the same model and the same options, or start afresh."
+                )
         for name, here, there in zip(names(g), mine["blocks"], theirs["blocks"], strict=False):
             if here != there:
                 raise ValueError(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from crosslore.config import LowRankConfig
 from crosslore.heads import AttentionShape, attention_shape
@@ -42,6 +43,8 @@ def create_optimizer(
             quantised or sharded model. The model is unchanged then.
     """
     chosen = get_preset(preset)
+    while isinstance(model, DistributedDataParallel | nn.DataParallel):
+        model = model.module  # the wrapper hides the config, the output layer and the quantisation
     options = rule_options(chosen)
     config = _override(chosen.config, options, overrides)
     _refuse_unsupported(model)
@@ -145,7 +148,7 @@ def _layout(name: str, rows: int, cols: int, config: LowRankConfig, heads: int |
     try:
         return MatrixLayout(rows=rows, cols=cols, rank=config.rank, side=side, heads=heads or 1)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{name.removesuffix('.weight')}: {error}") from None
 
 
 def _check_names(
@@ -165,7 +168,10 @@ def _check_names(
         for pattern in getattr(config, option) or ():
             if option in explicit:
                 require_match(pattern, names, option=option)
-    if config.cross_head_targets and not any(block.cross_head for plan in plans.values() for block in plan):
+    wanted = [n for n in names if matches(n, config.cross_head_targets or ())]
+    planned = {id(module.weight) for n, module in linears.items() if n in wanted} & set(plans)
+    shared = any(block.cross_head for plan in plans.values() for block in plan)
+    if config.cross_head_targets and not shared and (planned or not wanted):
         what = f"{config.cross_head_targets} of a {getattr(getattr(model, 'config', None), 'model_type', 'model')}"
         logger.warning(
             "The attention heads of %s could not be determined: training without cross-head sharing. "

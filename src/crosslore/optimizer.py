@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch.optim import Optimizer
 from crosslore.checkpoint import check_same_structure, restore_dtypes
 from crosslore.config import Hyper, LowRankConfig, check_hyper
 from crosslore.layout import Block, MatrixLayout, shorter_side
-from crosslore.registry import build_rule
-from crosslore.step import build_method, fullrank_step, lowrank_step
+from crosslore.refresh import RefreshEvery
+from crosslore.registry import build_rule, unknown_name
+from crosslore.step import build_method, fullrank_step, init_state, lowrank_step
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ class LowRankOptimizer(Optimizer):
     of a fused weight are prefixed, e.g. `q_proj.basis`.
 
     A weight with a non-finite gradient is skipped for that step, state and all (`nonfinite_skips` counts them).
-    One whose gradient has been all zero so far has no basis yet: it decays and waits.
+    One whose gradient is all zero when a basis is to be fitted waits: it decays, and the refresh stays due.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups, as torch.optim takes them.
@@ -56,7 +58,7 @@ class LowRankOptimizer(Optimizer):
         config: LowRankConfig | None = None,
     ) -> None:
         """Build the groups; no state is allocated before the first step."""
-        check_hyper(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        check_hyper(lr=_plain(lr), betas=betas, eps=eps, weight_decay=weight_decay)
         self.nonfinite_skips: dict[str, int] = {}
         self._plans: dict[int, list[list[Block]]] = {}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -65,10 +67,13 @@ class LowRankOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:  # Any: torch's own dict
         """Add a group; it is low-rank if it has a `rank` (or `blocks`, as `create_optimizer` gives)."""
         low_rank = "rank" in param_group
+        _refuse_misspelt(param_group, self.defaults)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_hyper(**{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
+            check_hyper(**{key: _plain(group[key]) for key in ("lr", "betas", "eps", "weight_decay")})
+            if any(p.is_complex() for p in group["params"]):
+                raise ValueError("complex weights are not supported. Use torch.view_as_real for them.")
             config = LowRankConfig.from_group(group)
             if "blocks" not in group:
                 names = self._names(len(self.param_groups) - 1)
@@ -83,6 +88,9 @@ class LowRankOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("nonfinite_skips", {})
         self._plans = {}
+        for group in self.param_groups:  # a checkpoint of an older version lacks newer options
+            for key, value in asdict(LowRankConfig()).items():
+                group.setdefault(key, value)
 
     def __repr__(self) -> str:
         """Return one line per group: what it holds and its main options."""
@@ -131,17 +139,21 @@ class LowRankOptimizer(Optimizer):
             rule = build_rule(config.rule, eps_placement=config.eps_placement)
             fullrank_step(p, p.grad, state, rule, Hyper(**{**asdict(hp), "scale": 1.0}), t)
             return
-        if zero and f"{blocks[0].key}basis" not in state:
+        waits = zero and RefreshEvery(config.refresh_every).due(_steps_done(state) + 1)
+        t = _steps_done(state) if waits else _advance(state)
+        if waits:
             p.mul_(hp.weight_factor)
-            return
-        t = _advance(state)
         for block in blocks:
             method = build_method(config, cross_head=block.cross_head, residual=block.residual)
             part = {k.removeprefix(block.key): v for k, v in state.items() if k.startswith(block.key)}
             weight, grad = (p, p.grad) if block.span is None else (block.span.take(p), block.span.take(p.grad))
-            lowrank_step(
-                weight, grad, part, method, block.layout, hp, t, name=_draw_name(name, block.key), may_fit=not zero
-            )
+            if not waits:
+                # Of a fused weight one part may be all zero; asked at a refresh only.
+                may_fit = block.span is None or not method.refresh.due(t) or bool(grad.any())
+                draw_name = _draw_name(name, block.key)
+                lowrank_step(weight, grad, part, method, block.layout, hp, t, name=draw_name, may_fit=may_fit)
+            elif "basis" not in part:
+                part.update(init_state(grad, method, block.layout))
             state.update({f"{block.key}{k}": v for k, v in part.items() if k != "step"})
             if block.span is not None:
                 block.span.put_(p, weight)
@@ -187,6 +199,17 @@ class LowRankOptimizer(Optimizer):
         )
 
 
+def _plain(value: Any) -> Any:  # Any: torch.optim takes a learning rate as a tensor too
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def _refuse_misspelt(group: dict[str, Any], known: dict[str, Any]) -> None:  # Any: torch's own dict
+    """Raise a TypeError for a key that looks like a misspelt option; keys of other tools are left alone."""
+    for key in group:
+        if key not in known and get_close_matches(key, known, n=1, cutoff=0.75):
+            raise TypeError(unknown_name("group option", key, known))
+
+
 def _default_blocks(name: str, weight: Tensor, config: LowRankConfig) -> list[dict[str, Any]]:
     """Return the plain blocks of a matrix about which only its shape is known."""
     if weight.dim() != 2:
@@ -211,12 +234,18 @@ def _hyper(group: dict[str, Any]) -> Hyper:
     return Hyper(**{f.name: group[f.name] for f in fields(Hyper) if f.name != "lr"}, lr=float(group["lr"]))
 
 
-def _advance(state: dict[str, Tensor]) -> int:
-    """Count one step; the counter lives on the CPU, so reading it asks no device."""
+def _steps_done(state: dict[str, Tensor]) -> int:
+    """Return the steps of a weight so far; the counter lives on the CPU, so reading it asks no device."""
     if "step" not in state:
-        state["step"] = torch.tensor(0.0, dtype=torch.float32)
-    state["step"] += 1
+        state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
     return int(state["step"].item())
+
+
+def _advance(state: dict[str, Tensor]) -> int:
+    """Count one step and return its number."""
+    t = _steps_done(state) + 1
+    state["step"] += 1
+    return t
 
 
 def _largest_entries(grads: list[Tensor]) -> list[float]:

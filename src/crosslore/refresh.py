@@ -29,4 +29,4 @@ def draw_generator(seed: int, name: str, number: int) -> torch.Generator:
     the global generator.
     """
     digest = hashlib.blake2b(f"{seed}|{name}|{number}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -62,17 +62,18 @@ def lowrank_step(
         hp: learning rate, scale, decay, betas, eps.
         t: step, counted from 1.
         name: the weight's name, part of the seed of what a refresh draws.
-        may_fit: False keeps the old basis at a refresh (a zero gradient says nothing about a basis).
+        may_fit: False keeps the old basis at a refresh: a zero gradient says nothing about a basis.
     """
-    if (method.refresh.due(t) and may_fit) or "basis" not in state:
-        old, draws = state.get("basis"), draw_generator(hp.seed, name, method.refresh.number(t))
+    if "basis" not in state:
+        state.update(init_state(grad, method, layout))
+    if method.refresh.due(t) and (may_fit or t == 1):
+        old = state["basis"] if t > 1 else None
+        draws = draw_generator(hp.seed, name, method.refresh.number(t))
         new = method.projector.fit(grad, layout, previous=old, generator=draws)  # Eq. 2-4
         new = new.to(grad.dtype)
         method.moments.on_refresh(state, old, new, layout, t)
         state["basis"] = new
     low = method.projector.project(grad, state["basis"], layout)  # R_t = P_t^T G_t; lines 3-5
-    if "exp_avg" not in state:
-        state.update(method.rule.init(low))
     update = method.rule.update(low, state, t, hp)  # Eq. 7; lines 6-7
     alpha = hp.update_factor
     method.projector.add_back_(weight, update, state["basis"], layout, alpha=alpha, beta=hp.weight_factor)  # line 11
@@ -80,11 +81,20 @@ def lowrank_step(
         method.residual.apply_(weight, StepContext(grad, low, update, state, layout, method.rule, hp, t), alpha=alpha)
 
 
+def init_state(grad: Tensor, method: Method, layout: MatrixLayout) -> dict[str, Tensor]:
+    """Return the state before the first step: every key that it will ever have, all zero.
+
+    Distributed checkpoints are loaded into a state that one step with zero gradients has allocated.
+    """
+    rows, cols, rank = layout.rows, layout.cols, layout.rank
+    low = grad.new_empty((rank, cols) if layout.side == "left" else (rows, rank))
+    state = {"basis": grad.new_zeros(layout.basis_shape), **method.rule.init(low)}
+    return state | (method.residual.init(grad, layout) if method.residual else {})
+
+
 def fullrank_step(weight: Tensor, grad: Tensor, state: dict[str, Tensor], rule: Rule, hp: Hyper, t: int) -> None:
     """Do one step of the same rule for a weight without a basis (embedding, norm, bias), in place."""
     if "exp_avg" not in state:
         state.update(rule.init(grad))
     update = rule.update(grad, state, t, hp)  # Eq. 6, 10
-    if hp.weight_factor != 1.0:
-        weight.mul_(hp.weight_factor)
-    weight.add_(update, alpha=hp.update_factor)  # one rounding to the weight's dtype
+    weight.copy_(update.mul_(hp.update_factor).add_(weight, alpha=hp.weight_factor))  # one rounding to its dtype

@@ -8,7 +8,18 @@ from crosslore.config import ALL_LINEAR
 
 # Output heads and routers: linear layers that "all-linear" leaves at full rank. Parts of module names.
 HEAD_PARTS = frozenset(
-    {"lm_head", "embed_out", "output_layer", "score", "classifier", "qa_outputs", "v_head", "gate", "router"}
+    {
+        "lm_head",
+        "embed_out",
+        "output_layer",
+        "score",
+        "classifier",
+        "qa_outputs",
+        "v_head",
+        "gate",
+        "router",
+        "shared_expert_gate",
+    }
 )
 
 

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from tests.unit.models import tiny_decoder, train
 
 from crosslore import create_optimizer
 from crosslore.registry import REGISTRY
-from tests.unit.models import tiny_decoder, train
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
+from tests.unit.models import tiny_decoder, train
 
 from crosslore import create_optimizer
 from crosslore.config import Hyper
 from crosslore.registry import REGISTRY, build_rule
-from tests.unit.models import tiny_decoder, train
 
 HP = Hyper(lr=1e-2, scale=1.0, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8)
 RULES = sorted(REGISTRY["rule"])
@@ -67,6 +67,11 @@ def test_8bit_training_resumes_bitwise(dtype: torch.dtype) -> None:
     models[1].load_state_dict(models[0].state_dict())
     second.load_state_dict(first.state_dict())
     assert train(models[0], first, range(3, 6)) == train(models[1], second, range(3, 6))
+
+
+def test_8bit_moments_of_fp64_weights_work() -> None:
+    rule, grad = rule_of("adamw8bit"), torch.randn(80, 70, dtype=torch.float64)
+    assert rule.update(grad, rule.init(grad), 1, HP).isfinite().all()
 
 
 def test_a_missing_bitsandbytes_names_the_line_that_installs_it() -> None:

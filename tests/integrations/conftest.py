@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,26 @@ def config(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> dict:
         "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 2, "learning_rate": 1e-3, "max_steps": 8,
         "logging_steps": 1, "save_steps": 4, "report_to": "none", "use_cpu": True, "overwrite_cache": True,
     }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def without_startup_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment whose Python reads no start-up file of ours: packages come through PYTHONPATH alone."""
+    folder = tmp_path_factory.mktemp("bare") / "venv"
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    torchrun = folder / "bin" / "torchrun"
+    torchrun.write_text(f'#!/bin/sh\nexec {python} -m torch.distributed.run "$@"\n', encoding="utf-8")
+    torchrun.chmod(0o755)
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2] / "src"), *packages]),
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHON": str(python),
+    }
+    code = "import sys, crosslore, llamafactory; sys.exit('_crosslore_hook' in sys.modules)"
+    assert run(python, "-c", code, **environment).returncode == 0
+    return environment
 
 
 def write_yaml(folder: Path, config: dict, name: str = "config.yaml") -> Path:

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import pickle
-import subprocess
 import sys
 
 import pytest
@@ -57,6 +56,18 @@ def test_every_field_reaches_the_optimizers_configuration(config: dict) -> None:
 def test_command_line_words_work_as_a_file_does(config: dict) -> None:
     words = [f"--{name}={value}" for name, value in config.items()]
     assert parsed(words).crosslore_overrides(training_seed=0)["rank"] == 4
+
+
+@pytest.mark.parametrize("words", [["--finetuning-type", "crosslore"], ["--finetuning-type=crosslore"]])
+def test_options_may_be_written_with_dashes(config: dict, words: list[str]) -> None:
+    del config["finetuning_type"]
+    args = parsed([*(f"--{name.replace('_', '-')}={value}" for name, value in config.items()), *words])
+    assert args.use_crosslore and args.rank == 4
+
+
+def test_values_are_not_taken_for_options(config: dict) -> None:
+    words = [f"--{name}={value}" for name, value in config.items()]
+    assert parsed([*words, "--run_name", "fsdp", "--fsdp="]).use_crosslore
 
 
 REFUSED = [
@@ -163,6 +174,12 @@ def test_an_untested_version_is_refused_for_this_type_only(config: dict, other_v
     assert parsed(full | {"finetuning_type": "full"}).finetuning_type == "full"
 
 
+def test_help_still_works_on_an_untested_version(other_version: None, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        get_train_args(["--finetuning_type", "lora", "-h"])
+    assert "--lora_rank" in capsys.readouterr().out
+
+
 def test_a_seam_that_moved_is_named(config: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     from types import ModuleType
 
@@ -200,5 +217,13 @@ def test_help_lists_the_fields() -> None:
     assert "--residual_ratio" in result.stdout and "crosslore" in result.stdout, result.stderr[-500:]
 
 
-def test_the_module_form_does_without_a_startup_file() -> None:
-    assert subprocess.run([sys.executable, "-c", "import crosslore.integrations.llamafactory.__main__"]).returncode == 0
+@pytest.mark.parametrize("words", [["version"], []])
+def test_commands_without_a_configuration_work_as_upstreams(words: list[str]) -> None:
+    ours = run(sys.executable, "-m", "llamafactory.cli", *words)
+    theirs = run(sys.executable, "-m", "llamafactory.cli", *words, CROSSLORE_LLAMAFACTORY="0")
+    assert (ours.returncode, ours.stdout) == (theirs.returncode, theirs.stdout) and ours.returncode == 0
+
+
+def test_only_training_commands_become_torchrun_workers() -> None:
+    result = run(sys.executable, "-m", "crosslore.integrations.llamafactory", "version", LOCAL_RANK="0")
+    assert result.returncode == 0 and "Welcome to LLaMA Factory" in result.stdout

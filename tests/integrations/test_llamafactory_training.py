@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -102,27 +101,26 @@ def test_export_and_chat_take_a_configuration_with_the_type(trained: Path, tmp_p
     assert chat.chat([{"role": "user", "content": "Count to 3."}])[0].response_length == 4
 
 
-def test_pretraining_trains_where_startup_files_are_not_allowed(config: dict, tmp_path: Path) -> None:
-    """`python -S` reads no start-up file; the module form brings the hook itself."""
+def test_pretraining_trains_where_startup_files_are_not_allowed(
+    config: dict, without_startup_files: dict, tmp_path: Path
+) -> None:
+    """The module form brings the hook itself."""
     config |= {"stage": "pt", "dataset": "texts", "max_steps": 3, "save_steps": 100}
     del config["template"]
-    source = Path(__file__).parents[2] / "src"
-    packages = [path for path in sys.path if path.endswith("site-packages")]
-    result = run(
-        sys.executable, "-S", "-m", "crosslore.integrations.llamafactory", "train", write_yaml(tmp_path, config),
-        PYTHONPATH=os.pathsep.join([str(source), *packages]),
-    )  # fmt: skip
+    python, module = without_startup_files["PYTHON"], "crosslore.integrations.llamafactory"
+    result = run(python, "-m", module, "train", write_yaml(tmp_path, config), **without_startup_files)
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(losses(tmp_path / "out")) == 3
     assert "Fine-tuning method: CrossLore" in result.stdout + result.stderr
 
 
-def test_two_processes_train_through_torchrun_without_startup_files(config: dict, tmp_path: Path) -> None:
+def test_two_processes_train_through_torchrun_without_startup_files(
+    config: dict, without_startup_files: dict, tmp_path: Path
+) -> None:
     config |= {"max_steps": 2, "save_steps": 100, "per_device_train_batch_size": 1}
-    result = run(
-        sys.executable, "-m", "crosslore.integrations.llamafactory", "train", write_yaml(tmp_path, config),
-        FORCE_TORCHRUN="1", NPROC_PER_NODE="2", CROSSLORE_LLAMAFACTORY="1",
-    )  # fmt: skip
+    python, module = without_startup_files["PYTHON"], "crosslore.integrations.llamafactory"
+    environment = {**without_startup_files, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
+    result = run(python, "-m", module, "train", write_yaml(tmp_path, config), **environment)
     text = result.stdout + result.stderr
     assert result.returncode == 0, text[-3000:]
     assert "world size: 2" in text and len(losses(tmp_path / "out")) == 2

@@ -3,9 +3,11 @@
 import copy
 import logging
 import pickle
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosslore import LowRankOptimizer, create_optimizer
 
@@ -83,11 +85,12 @@ def test_a_zero_gradient_spoils_no_basis_and_only_decays() -> None:
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    assert "basis" not in optimizer.state[model.up_proj.weight]
+    state = optimizer.state[model.up_proj.weight]
+    assert state["step"] == 0 and not any(value.any() for value in state.values())
     torch.testing.assert_close(model.up_proj.weight.detach(), before * (1 - 1e-3 * 0.1))
 
 
-def test_a_zero_gradient_at_a_refresh_keeps_the_basis() -> None:
+def test_a_zero_gradient_at_a_refresh_keeps_the_basis_and_the_refresh_due() -> None:
     model = tiny_decoder()
     optimizer = create_optimizer(model, **{**OPTIONS, "refresh_every": 2})
     train(model, optimizer, range(2))
@@ -97,7 +100,61 @@ def test_a_zero_gradient_at_a_refresh_keeps_the_basis() -> None:
     weight.grad.zero_()
     optimizer.step()
     assert torch.equal(optimizer.state[weight]["basis"], basis)
-    assert optimizer.state[weight]["step"] == 3
+    train(model, optimizer, range(1))
+    assert not torch.equal(optimizer.state[weight]["basis"], basis)
+
+
+def test_a_zero_gradient_between_refreshes_moves_by_momentum_as_adam_does() -> None:
+    model = tiny_decoder()
+    optimizer = create_optimizer(model, **OPTIONS)
+    train(model, optimizer, range(2))
+    before = model.up_proj.weight.detach().clone()
+    model.up_proj.weight.grad.zero_()
+    optimizer.step()
+    assert not torch.equal(model.up_proj.weight, before)
+
+
+def test_fp16_gradients_near_the_largest_number_do_not_overflow_in_the_projection() -> None:
+    p = torch.nn.Parameter(torch.zeros(64, 64, dtype=torch.float16))
+    optimizer = LowRankOptimizer([{"params": [p], "rank": 4}], lr=1e-3)
+    for _ in range(2):
+        p.grad = torch.full_like(p, 2e4)
+        optimizer.step()
+    assert p.isfinite().all() and p.any()
+
+
+def test_bf16_weights_with_decay_are_rounded_once() -> None:
+    """A norm or an embedding: decay and update in fp32, then one rounding."""
+    start, grad = torch.randn(512).bfloat16(), torch.randn(512).bfloat16()
+    p = torch.nn.Parameter(start.clone())
+    p.grad = grad
+    LowRankOptimizer([p], lr=1e-2, weight_decay=0.1).step()
+    expected = (start.float() * (1 - 1e-3) - 1e-2 * grad.float() / (grad.float().abs() + 1e-8)).bfloat16()
+    assert (p != expected).float().mean() < 0.01
+
+
+def test_the_default_device_does_not_move_draws_or_counters() -> None:
+    model = tiny_decoder()
+    optimizer = create_optimizer(model, **OPTIONS)
+    loss_of(model).backward()
+    torch.set_default_device("meta")
+    try:
+        optimizer.step()
+    finally:
+        torch.set_default_device("cpu")
+    assert optimizer.state[model.self_attn.q_proj.weight]["step"].device.type == "cpu"
+
+
+def test_a_misspelt_group_option_is_refused() -> None:
+    with pytest.raises(TypeError, match="unknown group option 'rnak'. Did you mean 'rank'"):
+        LowRankOptimizer([{"params": [torch.nn.Parameter(torch.randn(4, 4))], "rnak": 2}], lr=1e-2)
+
+
+def test_a_tensor_learning_rate_is_taken_from_the_start() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    LowRankOptimizer([p], lr=torch.tensor(0.5)).step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.5))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -210,6 +267,41 @@ def test_sparse_gradients_are_refused() -> None:
     p.grad = torch.eye(4).to_sparse()
     with pytest.raises(RuntimeError, match="sparse gradients"):
         optimizer.step()
+
+
+class _Peak(TorchDispatchMode):
+    """Counts the bytes of new results that are alive at once, by storage; `known` ones were there before."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage.data_ptr()
+                if key and key not in self.alive and key not in self.known:
+                    self.alive[key] = storage.nbytes()
+                    weakref.finalize(tensor, self.alive.pop, key, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+@pytest.mark.parametrize(("select", "steps", "limit"), [("moment", 6, 1.3), ("residual", 6, 2.3)])
+def test_a_step_has_one_gradient_sized_scratch_at_most(select: str, steps: int, limit: float) -> None:
+    """In units of one fp32 matrix; "residual" also allocates its warm-up sum, which is one more, at step 1."""
+    p = torch.nn.Parameter(torch.randn(512, 512))
+    group = {"params": [p], "rank": 4, "residual": "sparse", "residual_ratio": 0.002, "warmup_steps": 3}
+    optimizer = LowRankOptimizer([group | {"residual_select": select}], lr=1e-2)
+    for _ in range(steps):
+        p.grad = torch.randn_like(p)
+        with _Peak(p, p.grad) as mode:
+            optimizer.step()
+        assert mode.peak <= limit * p.numel() * 4
 
 
 def test_no_gradient_sized_tensor_outlives_the_step() -> None:

@@ -2,9 +2,12 @@
 
 import io
 import logging
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from crosslore import create_optimizer
 
@@ -101,6 +104,41 @@ def test_changed_options_are_named_when_the_checkpoint_wins(caplog: pytest.LogCa
         other.load_state_dict(saved(optimizer))
     assert "scale 2.0 (asked for: 7.0)" in caplog.text
     assert other.param_groups[0]["scale"] == 2.0
+
+
+def test_a_checkpoint_without_a_newer_option_gets_its_default() -> None:
+    model = tiny_decoder()
+    optimizer = create_optimizer(model, **OPTIONS)
+    train(model, optimizer, range(2))
+    state = saved(optimizer)
+    for group in state["param_groups"]:
+        del group["decay_order"], group["seed"]
+    fresh = create_optimizer(model, **OPTIONS)
+    fresh.load_state_dict(state)
+    assert fresh.param_groups[0]["decay_order"] == "before"
+    train(model, fresh, range(1))
+
+
+def test_weights_in_another_order_are_refused_by_name() -> None:
+    layers = {name: torch.nn.Linear(8, 8) for name in "ab"}
+    first, second = (torch.nn.ModuleDict({n: layers[n] for n in order}) for order in ("ab", "ba"))
+    state = create_optimizer(first, lr=1e-3, rank=2, cross_head_targets=None).state_dict()
+    with pytest.raises(ValueError, match=r"has the weight a\.weight where this run has b\.weight"):
+        create_optimizer(second, lr=1e-3, rank=2, cross_head_targets=None).load_state_dict(state)
+
+
+@pytest.mark.parametrize("steps", [2, 6], ids=["in warm-up", "after it"])
+def test_a_distributed_checkpoint_restores_every_tensor(steps: int, tmp_path: Path) -> None:
+    """torch.distributed.checkpoint allocates a fresh state by one step with zero gradients, then loads into it."""
+    models = [tiny_decoder(), tiny_decoder(seed=1)]
+    optimizers = [create_optimizer(m, **OPTIONS) for m in models]
+    train(models[0], optimizers[0], range(steps))
+    dcp.save({"optimizer": get_optimizer_state_dict(models[0], optimizers[0])}, checkpoint_id=tmp_path)
+    models[1].load_state_dict(models[0].state_dict())
+    slots = get_optimizer_state_dict(models[1], optimizers[1])
+    dcp.load({"optimizer": slots}, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(models[1], optimizers[1], slots)
+    assert train(models[0], optimizers[0], range(steps, 9)) == train(models[1], optimizers[1], range(steps, 9))
 
 
 def test_hooks_that_change_the_loaded_state_are_honoured() -> None:

@@ -42,6 +42,8 @@ class Projector(ABC):
 
     def project(self, grad: Tensor, basis: Tensor, layout: MatrixLayout) -> Tensor:
         """Return the compact gradient R: P^T G (r, cols) on the left, G P (rows, r) on the right; Eq. 7."""
+        if grad.dtype == torch.float16:  # products of finite fp16 entries overflow
+            grad, basis = grad.float(), basis.float()
         return basis.mT @ grad if layout.side == "left" else grad @ basis
 
     def project_back(self, low: Tensor, basis: Tensor, layout: MatrixLayout) -> Tensor:

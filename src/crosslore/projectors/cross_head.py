@@ -50,5 +50,5 @@ class CrossHead(Projector):
 def drawn(layout: MatrixLayout, generator: torch.Generator) -> list[int]:
     """Return the ceil(r / d_k) heads whose gradient is looked at, in the order drawn."""
     count = math.ceil(layout.rank / layout.head_width)
-    heads: list[int] = torch.randperm(layout.heads, generator=generator)[:count].tolist()
+    heads: list[int] = torch.randperm(layout.heads, generator=generator, device="cpu")[:count].tolist()
     return heads

@@ -22,7 +22,7 @@ class Randomized(Projector):
         q: Tensor
         matrix = oriented(grad, layout)  # A, (m, n)
         width = min(layout.rank + self.oversampling, *matrix.shape)  # l = r + p
-        sketch = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
+        sketch = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype, device="cpu")
         q, _ = torch.linalg.qr(matrix @ sketch.to(matrix.device))  # Y = A Omega; Q, (m, l)
         for _ in range(self.power_iterations):  # Q <- orth(A orth(A^T Q)): re-orthonormalised, Algorithm 4.4
             q, _ = torch.linalg.qr(matrix.mT @ q)

@@ -31,5 +31,8 @@ class StepContext:
 class Residual(Protocol):
     """Repairs what the projection leaves out."""
 
+    def init(self, grad: Tensor, layout: MatrixLayout) -> dict[str, Tensor]:
+        """Return the fresh state for a gradient of this layout."""
+
     def apply_(self, weight: Tensor, ctx: StepContext, *, alpha: float) -> None:
         """Add alpha times the residual update to `weight`; may keep state in `ctx.state`."""

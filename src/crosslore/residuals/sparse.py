@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from crosslore.kernels.reference import sampled_product
+from crosslore.layout import MatrixLayout
 from crosslore.residuals.base import StepContext
 from crosslore.rules.adamw import adamw_update_, state_dtype
 
@@ -47,26 +48,33 @@ class SparseResidual:
         Raises:
             ValueError: if the rule has no moments.
         """
-        if "res_index" not in ctx.state:
+        if ctx.t <= max(1, self.warmup_steps):
             self._warm_up(ctx)
-        if ctx.t > self.warmup_steps and "res_index" in ctx.state:
+        if ctx.t > self.warmup_steps:
             rows, cols = _positions(ctx)
             delta = self._delta(ctx, rows, cols)
             # The positions are distinct, so reading, adding and writing back is exact and deterministic.
             changed = weight[rows, cols].to(delta.dtype).add_(delta, alpha=alpha)
             weight.index_put_((rows, cols), changed.to(weight.dtype))
 
-    def kept(self, ctx: StepContext) -> int:
+    def init(self, grad: Tensor, layout: MatrixLayout) -> dict[str, Tensor]:
+        """Return the state before the positions are known: zeros, so that the keys never change."""
+        moments = torch.zeros(self.kept(layout), dtype=state_dtype(grad), device=grad.device)
+        index = torch.zeros(self.kept(layout), dtype=torch.int32, device=grad.device)
+        return {"res_index": index, "res_avg": moments, "res_avg_sq": moments.clone()}
+
+    def kept(self, layout: MatrixLayout) -> int:
         """Return the number of kept positions: the ratio of all entries, at least one."""
-        return max(1, round(self.residual_ratio * ctx.layout.rows * ctx.layout.cols))
+        return max(1, round(self.residual_ratio * layout.rows * layout.cols))
 
     def _warm_up(self, ctx: StepContext) -> None:
         """Collect what the choice needs; at the end of the warm-up record the positions (section 4.2.2)."""
         if self.residual_select == "residual":
-            gap = ctx.grad.to(state_dtype(ctx.grad)) - _dense(ctx, ctx.low)  # Eq. 5
-            if "res_avg_sq" not in ctx.state:
+            gap = _dense(ctx, ctx.low).sub_(ctx.grad)  # Eq. 5, up to its sign
+            if ctx.t == 1:
                 ctx.state["res_avg_sq"] = torch.zeros_like(gap)
             ctx.state["res_avg_sq"].addcmul_(gap, gap)
+            del gap
         if ctx.t < max(1, self.warmup_steps):
             return
         if self.residual_select == "residual":
@@ -75,10 +83,9 @@ class SparseResidual:
             first = ctx.rule.first_moment(ctx.state)
             if first is None:
                 raise ValueError("the residual needs a rule with moments. Use rule='adamw' or residual=None.")
-            importance = _dense(ctx, first).abs()  # |P_t M'_t|
-        index = importance.flatten().topk(self.kept(ctx), sorted=False).indices.sort().values
+            importance = _dense(ctx, first).abs_()  # |P_t M'_t|
+        index = importance.view(-1).topk(self.kept(ctx.layout), sorted=False).indices.sort().values
         ctx.state["res_index"] = index.to(torch.int32)
-        ctx.state["res_avg"] = torch.zeros(index.numel(), dtype=importance.dtype, device=index.device)
         ctx.state["res_avg_sq"] = torch.zeros_like(ctx.state["res_avg"])
 
     def _delta(self, ctx: StepContext, rows: Tensor, cols: Tensor) -> Tensor:

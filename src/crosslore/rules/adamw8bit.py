@@ -48,7 +48,7 @@ class AdamW8bit:
     def init(self, low: Tensor) -> dict[str, Tensor]:
         """Return zero moments; fp32 below 4096 entries."""
         _functional()
-        state = AdamW(self.eps_placement).init(low)
+        state = AdamW(self.eps_placement).init(low.float())
         if low.numel() >= MIN_8BIT_SIZE:
             for key in ("exp_avg", "exp_avg_sq"):
                 _store(state, key, state[key])
@@ -86,6 +86,6 @@ class AdamW8bit:
 
 def _store(state: dict[str, Tensor], key: str, values: Tensor) -> None:
     codes, info = _functional().quantize_blockwise(
-        values, code=_code(key == "exp_avg", values.device), blocksize=BLOCK_SIZE
+        values.float(), code=_code(key == "exp_avg", values.device), blocksize=BLOCK_SIZE
     )
     state[key], state[f"{key}_scale"] = codes, info.absmax

@@ -16,8 +16,10 @@ def main() -> None:
     if importlib.util.find_spec("llamafactory") is None:
         sys.exit('llamafactory is not installed. Run `pip install "crosslore[llamafactory]"`.')
     _crosslore_hook.register()  # type: ignore[no-untyped-call]
-    if "LOCAL_RANK" in os.environ:  # a worker of torchrun: it trains, and starts no workers of its own
-        if sys.argv[1:2] == ["train"]:
+    first = sys.argv[1] if len(sys.argv) > 1 else ""
+    trains = first == "train" or first.startswith("--") or first.endswith((".yaml", ".yml", ".json"))
+    if "LOCAL_RANK" in os.environ and trains:  # a worker of torchrun: it starts no workers of its own
+        if first == "train":
             del sys.argv[1]
         from llamafactory.train.tuner import run_exp
 

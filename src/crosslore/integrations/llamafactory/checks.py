@@ -24,11 +24,10 @@ def check_run(parsed: tuple[Any, ...]) -> None:
     choose_rule(training.optim)
 
 
-def check_sharding_keys(args: Any) -> None:  # Any: a dict from a file, or a list of command-line words
+def check_sharding_keys(args: dict[str, Any]) -> None:  # Any: values of a configuration
     """Refuse sharding by its keys, before transformers looks at them (it would ask for deepspeed first)."""
-    words = args if isinstance(args, dict) else {str(word).split("=")[0].lstrip("-"): True for word in args}
     for key, what in (("deepspeed", "DeepSpeed ZeRO"), ("fsdp", "FSDP")):
-        if words.get(key):
+        if args.get(key):
             _refuse(what)
 
 

@@ -16,6 +16,7 @@ import logging
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -40,9 +41,17 @@ def asks_for_type(args: Any) -> bool:  # Any: a dict from a file, or a list of c
     """Return whether these arguments ask for `finetuning_type: crosslore`."""
     if isinstance(args, dict):
         return args.get("finetuning_type") == TYPE
-    words = [str(arg) for arg in args]
-    pairs = zip(words, words[1:] + [""], strict=True)
-    return f"--finetuning_type={TYPE}" in words or ("--finetuning_type", TYPE) in pairs
+    return option_values(args).get("finetuning_type") == TYPE
+
+
+def option_values(words: list[Any]) -> dict[str, str]:  # Any: command-line words
+    """Return the options of a command line: `--some-name=value` and `--some_name value` alike; no value is ""."""
+    found: dict[str, str] = {}
+    for word, following in pairwise([*map(str, words), "--"]):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            found[name.replace("-", "_")] = value if equals or following.startswith("--") else following
+    return found
 
 
 def _wrap_launch(module: ModuleType, launch: Callable[[], None]) -> Callable[[], None]:
@@ -76,7 +85,12 @@ def _wrap_parse(module: ModuleType, parse: Callable[..., Any]) -> Callable[..., 
         wants_help = isinstance(args, list) and ("-h" in args or "--help" in args)
         if module.FinetuningArguments not in kinds or not (asks_for_type(args) or wants_help):
             return parse(parser, args, allow_extra_keys)
-        compat.require_supported()
+        try:
+            compat.require_supported()
+        except compat.UnsupportedError:
+            if asks_for_type(args):
+                raise
+            return parse(parser, args, allow_extra_keys)  # only help was asked for
         from crosslore.integrations.llamafactory.arguments import FIELDS, CrossLoreFinetuningArguments
         from crosslore.integrations.llamafactory.checks import check_run, check_sharding_keys
 
@@ -84,7 +98,7 @@ def _wrap_parse(module: ModuleType, parse: Callable[..., Any]) -> Callable[..., 
         kinds[kinds.index(module.FinetuningArguments)] = CrossLoreFinetuningArguments
         if isinstance(args, dict) and not allow_extra_keys:
             _refuse_unknown_keys(args, {name for kind in kinds for name in kind.__dataclass_fields__})
-        check_sharding_keys(args)
+        check_sharding_keys(args if isinstance(args, dict) else option_values(args))
         parsed = parse(type(parser)(kinds), args, allow_extra_keys)
         check_run(parsed)
         return parsed

@@ -30,8 +30,8 @@ from demo_training import INSTALL_LINE, REPO_ROOT, DemoError, is_finished, peak_
 DEFAULT_CONFIG = REPO_ROOT / "yaml_configs" / "crosslore_demo.yaml"
 DEFAULT_OUTPUT = REPO_ROOT / "saves" / "demo"
 # Chosen so that both evaluations together take about a minute and a half on 2 CPU cores.
-DEFAULT_ROWS = 64
-BATCH_SIZE = 64
+DEFAULT_ROWS = 40
+BATCH_SIZE = 40
 PACKAGES = ("llamafactory", "transformers", "sacrebleu", "rich", "matplotlib", "yaml")
 
 
@@ -45,8 +45,8 @@ class Task:
 
 
 TASKS = (
-    Task(name="restaurants", metric="BLEU", max_new_tokens=96),
-    Task(name="arithmetic", metric="exact match %", max_new_tokens=128),
+    Task(name="restaurants", metric="BLEU", max_new_tokens=64),
+    Task(name="arithmetic", metric="exact match %", max_new_tokens=80),
 )
 
 

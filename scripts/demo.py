@@ -167,7 +167,8 @@ def evaluate_cached(file: Path, key: dict[str, Any], compute: Callable[[], dict[
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON file that is complete or not there."""
     part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False).replace(f"{REPO_ROOT}{os.sep}", "")  # no machine's paths
+    part.write_text(text + "\n", encoding="utf-8")
     os.replace(part, file)
 
 

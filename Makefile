@@ -45,7 +45,7 @@ format: $(STAMP) ## Format the code
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-data: $(STAMP) ## Prepare GSM8K, MAWPS and E2E for training (SOURCE=folder, else the hub)
+data: $(STAMP) ## Prepare GSM8K, MAWPS and E2E for training (SOURCE=folder; from the hub without MAWPS)
 	$(PY) scripts/prepare_data.py $(if $(SOURCE),--source $(SOURCE))
 
 clean: ## Remove .venv, the embedded model and training output

@@ -83,11 +83,14 @@ def check(task: str, steps: int) -> dict[str, Any]:
 def main() -> int:
     """Check all tasks; return 1 if a resumed run differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help="gsm8k, mawps, e2e (default: all); others are kept")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "resume.json")
     options = parser.parse_args()
     results: dict[str, Any] = {}
-    for task in ("gsm8k", "mawps", "e2e"):
+    if options.tasks and options.output.is_file():
+        results = json.loads(options.output.read_text(encoding="utf-8"))["tasks"]
+    for task in options.tasks or ("gsm8k", "mawps", "e2e"):
         results[task] = check(task, options.steps)
         text = json.dumps({"environment": environment(), "tasks": results}, indent=1)
         options.output.write_text(text + "\n", encoding="utf-8")

@@ -235,9 +235,12 @@ def prepare(args: argparse.Namespace) -> dict[str, list[Row]]:
     """Return the examples of all splits that the command line asks for, after writing them."""
     tasks = chosen_tasks(args.tasks, keep_annotations=args.keep_annotations)
     existing_info(args.output)  # a broken one is found before the long part
-    for task in tasks.values():
+    for name, task in list(tasks.items()):
         if args.source is None and task.hub is None:
-            raise DataError(no_hub_message(task.splits[0]))
+            if args.tasks:
+                raise DataError(no_hub_message(task.splits[0]))
+            print(f"left out: {no_hub_message(task.splits[0])}", file=sys.stderr)  # nobody asked for it by name
+            del tasks[name]
     prepared = {
         split.name: prepare_split(split, task=task, source=args.source, allow_other=args.allow_other_rows)
         for task in tasks.values()
@@ -260,7 +263,7 @@ def report(prepared: dict[str, list[Row]], output: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit code: 0, or 2 after one line that says what is wrong."""
     parser = argparse.ArgumentParser(description="Prepare GSM8K, MAWPS and E2E for LLaMA-Factory.")
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"{', '.join(TASKS)} (default: all)")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"{', '.join(TASKS)} (default: all that can be had)")
     parser.add_argument("--source", type=Path, metavar="DIR", help="folder with the files (default: from the hub)")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--keep-annotations", action="store_true", help="keep GSM8K's <<48/2=24>> annotations")

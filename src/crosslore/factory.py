@@ -18,6 +18,9 @@ from crosslore.targets import embedding_weights, linear_modules, matches, plain_
 
 logger = logging.getLogger(__name__)
 
+# Names of the paper and of the YAML files, where ours differ.
+PAPER_NAMES = {"alpha": "scale", "warmup_k": "warmup_steps"}
+
 
 def create_optimizer(
     model: nn.Module,
@@ -38,10 +41,12 @@ def create_optimizer(
         **overrides: fields of `LowRankConfig`, or `betas`, `eps`, `weight_decay`.
 
     Raises:
-        TypeError: an unknown option (the near names are listed), or a wrong type.
+        TypeError: an unknown option (the near names are listed), or a wrong type, or `model` is no module.
         ValueError: a value out of range, a rank that does not fit a layer, a name that matches no layer, a
             quantised or sharded model. The model is unchanged then.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"create_optimizer takes the model itself, got {type(model).__name__}. Pass `model`.")
     chosen = get_preset(preset)
     while isinstance(model, DistributedDataParallel | nn.DataParallel):
         model = model.module  # the wrapper hides the config, the output layer and the quantisation
@@ -65,7 +70,10 @@ def _override(config: LowRankConfig, options: dict[str, Any], overrides: dict[st
     known = {f.name for f in fields(LowRankConfig)}
     for name in overrides:
         if name not in known and name not in options:
-            raise TypeError(unknown_name("option", name, known | set(options) | {"lr"}))
+            hint = f" The paper's {name} is `{PAPER_NAMES[name]}` here." if name in PAPER_NAMES else ""
+            raise TypeError(unknown_name("option", name, known | set(options) | {"lr"}) + hint)
+    if overrides.get("residual_ratio") and config.residual is None:
+        config = replace(config, residual="sparse")  # the ratio asks for it; `residual=None` still switches it off
     options.update({name: value for name, value in overrides.items() if name in options})
     return replace(config, **{name: value for name, value in overrides.items() if name in known})
 

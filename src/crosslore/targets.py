@@ -83,7 +83,11 @@ def select_targets(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str
         chosen = {name: module for name, module in linears.items() if matches(name, targets)}
     trained = {name: module for name, module in chosen.items() if module.weight.requires_grad}
     if not trained:
-        why = "all of them are frozen" if chosen else "the model has none besides its heads"
+        why = (
+            "all of them are frozen"
+            if chosen
+            else "the model has no nn.Linear besides its heads (others, such as Conv1D, are no targets)"
+        )
         raise ValueError(
             f"targets={targets!r} selects no linear layer to train: {why}. "
             f"Linear layers of the model: {existing(linears)}."

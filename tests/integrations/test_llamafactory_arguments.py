@@ -49,7 +49,6 @@ def test_every_field_reaches_the_optimizers_configuration(config: dict) -> None:
         "rank": 4, "scale": 8.0, "residual_ratio": 0.05, "warmup_steps": 2, "refresh_every": 3, "projector": "svd",
         "targets": ("q_proj", "v_proj"), "cross_head_targets": None, "residual_targets": None,
         "residual_rule": "exact", "residual_select": "residual", "embeddings": "frozen", "seed": 3,
-        "residual": "sparse",
     }  # fmt: skip
 
 
@@ -87,6 +86,7 @@ REFUSED = [
     ({"crosslore_gradients": "layerwise"}, "crosslore_gradients must be 'full' in this version, got 'layerwise'"),
     ({"crosslore_weights": "deferred"}, "crosslore_weights must be 'direct' in this version"),
     ({"lora_rank": 4}, "options of other methods: lora_rank=4"),
+    ({"lora_rank": 8, "lora_target": "all"}, "options of other methods: lora_rank=8, lora_target='all'"),
     ({"use_galore": True}, "options of other methods: use_galore=True"),
     ({"use_apollo": True}, "options of other methods: use_apollo=True"),
     ({"use_badam": True}, "options of other methods: use_badam=True"),
@@ -102,6 +102,11 @@ REFUSED = [
 def test_wrong_fields_are_refused_by_name(config: dict, change: dict, text: str) -> None:
     with pytest.raises((ValueError, TypeError), match=text):
         get_train_args(config | change)
+
+
+def test_options_of_other_methods_may_be_switched_off(config: dict) -> None:
+    """The WebUI writes them for every type."""
+    assert parsed(config | {"use_galore": False, "use_apollo": False, "additional_target": None}).use_crosslore
 
 
 def test_accelerates_fsdp_is_refused_too(config: dict, monkeypatch: pytest.MonkeyPatch) -> None:

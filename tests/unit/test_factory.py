@@ -94,6 +94,7 @@ def test_embeddings_train_in_full_in_low_rank_or_not_at_all(embeddings: str) -> 
 
 ERRORS = [
     ({"rnak": 4}, TypeError, "unknown option 'rnak'. Did you mean 'rank'"),
+    ({"alpha": 32}, TypeError, "The paper's alpha is `scale` here"),
     ({"rank": 0}, ValueError, "rank must be an integer >= 1, got 0"),
     ({"rank": "32"}, TypeError, r"rank must be an integer >= 1, got '32' \(str\)"),
     ({"rank": True}, TypeError, "rank must be an integer"),
@@ -137,6 +138,16 @@ def test_unknown_presets_list_the_known_ones() -> None:
         ValueError, match="unknown preset 'crosslor'. Did you mean 'crosslore'.*Known: crosslore, galore"
     ):
         create_optimizer(tiny_decoder(), "crosslor", lr=1e-3)
+
+
+def test_parameters_instead_of_the_model_are_refused() -> None:
+    with pytest.raises(TypeError, match="takes the model itself, got generator"):
+        create_optimizer(tiny_decoder().parameters(), lr=1e-3)
+
+
+def test_a_residual_ratio_switches_the_residual_on() -> None:
+    optimizer = create_optimizer(tiny_decoder(), "galore", lr=1e-3, rank=4, residual_ratio=0.1)
+    assert all(b.residual for plan in blocks_of(optimizer).values() for b in plan)
 
 
 def test_a_frozen_model_and_frozen_targets_are_refused() -> None:

@@ -86,11 +86,8 @@ class CrossLoreFinetuningArguments(CrossLoreArguments, upstream.FinetuningArgume
 
     def __post_init__(self) -> None:
         """Check our fields and hand the rest to LLaMA-Factory as `full`."""
-        if self.finetuning_type == "crosslore":
-            self._refuse_other_methods()  # before LLaMA-Factory rewrites their defaults
-            self.use_crosslore = True
-        if self.use_crosslore:
-            self.finetuning_type = "full"
+        if self.finetuning_type == "crosslore" or self.use_crosslore:
+            self.use_crosslore, self.finetuning_type = True, "full"
             for name, value in ONLY.items():
                 if getattr(self, name) != value:
                     raise ValueError(
@@ -123,22 +120,24 @@ class CrossLoreFinetuningArguments(CrossLoreArguments, upstream.FinetuningArgume
             except (TypeError, ValueError) as error:
                 raise type(error)(str(error).replace(name, yaml_name, 1)) from None
             overrides[name] = value
-        if overrides.get("residual_ratio") and config.residual is None:
-            overrides["residual"] = "sparse"
         return overrides
 
-    def _refuse_other_methods(self) -> None:
-        """Raise a ValueError if options of another method are set; values equal to their defaults are fine."""
-        groups = [getattr(upstream, name) for name in OTHER_METHODS if hasattr(upstream, name)]
-        foreign = {f.name: f.default for group in groups for f in dataclasses.fields(group)}
-        foreign.update(dict.fromkeys(OTHER_SWITCHES, False))
-        mixed = sorted(name for name, default in foreign.items() if getattr(self, name, default) != default)
-        if mixed:
-            raise ValueError(
-                f"`finetuning_type: crosslore` does not go with the options of other methods: "
-                f"{', '.join(f'{name}={getattr(self, name)!r}' for name in mixed)}. Remove them; its own options are "
-                "rank, alpha, residual_ratio, warmup_k and those that start with crosslore_."
-            )
+
+def refuse_other_methods(given: dict[str, Any]) -> None:  # Any: values of a configuration
+    """Raise a ValueError if a configuration sets options of another method, even to their defaults.
+
+    Whoever turns a LoRA configuration into one of this type must see which values no longer apply. Options that
+    are switched off (false, null, empty) are fine: the WebUI writes them for every type.
+    """
+    groups = [getattr(upstream, name) for name in OTHER_METHODS if hasattr(upstream, name)]
+    foreign = {f.name for group in groups for f in dataclasses.fields(group)} | set(OTHER_SWITCHES)
+    mixed = sorted(name for name in foreign if str(given.get(name) or "false").lower() not in ("false", "none"))
+    if mixed:
+        raise ValueError(
+            f"`finetuning_type: crosslore` does not go with the options of other methods: "
+            f"{', '.join(f'{name}={given[name]!r}' for name in mixed)}. Remove them; its own options are "
+            "rank, alpha, residual_ratio, warmup_k and those that start with crosslore_."
+        )
 
 
 def _module_names(yaml_name: str, value: object) -> str | tuple[str, ...] | None:

@@ -91,14 +91,20 @@ def _wrap_parse(module: ModuleType, parse: Callable[..., Any]) -> Callable[..., 
             if asks_for_type(args):
                 raise
             return parse(parser, args, allow_extra_keys)  # only help was asked for
-        from crosslore.integrations.llamafactory.arguments import FIELDS, CrossLoreFinetuningArguments
+        from crosslore.integrations.llamafactory.arguments import (
+            FIELDS,
+            CrossLoreFinetuningArguments,
+            refuse_other_methods,
+        )
         from crosslore.integrations.llamafactory.checks import check_run, check_sharding_keys
 
         compat.require_no_clash(FIELDS, {name for kind in kinds for name in kind.__dataclass_fields__})
         kinds[kinds.index(module.FinetuningArguments)] = CrossLoreFinetuningArguments
         if isinstance(args, dict) and not allow_extra_keys:
             _refuse_unknown_keys(args, {name for kind in kinds for name in kind.__dataclass_fields__})
-        check_sharding_keys(args if isinstance(args, dict) else option_values(args))
+        given = args if isinstance(args, dict) else option_values(args)
+        check_sharding_keys(given)
+        refuse_other_methods(given)
         parsed = parse(type(parser)(kinds), args, allow_extra_keys)
         check_run(parsed)
         return parsed

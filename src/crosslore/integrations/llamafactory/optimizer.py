@@ -21,6 +21,10 @@ RULES = {
 }
 
 
+# Default of `adam_epsilon`.
+TRANSFORMERS_EPSILON = 1e-8
+
+
 def choose_rule(optim: object) -> str:
     """Return the update rule for an `optim` value; 8-bit falls back to fp32 moments without bitsandbytes.
 
@@ -45,13 +49,18 @@ def choose_rule(optim: object) -> str:
 
 def create_crosslore_optimizer(model: nn.Module, training_args: Any, finetuning_args: Any) -> LowRankOptimizer:
     """Return the optimizer that the configuration describes; the arguments are LLaMA-Factory's own."""
-    return create_optimizer(
-        model,
-        finetuning_args.crosslore_preset,
-        lr=training_args.learning_rate,
-        betas=(training_args.adam_beta1, training_args.adam_beta2),
-        eps=training_args.adam_epsilon,
-        weight_decay=training_args.weight_decay,
-        rule=choose_rule(training_args.optim),
-        **finetuning_args.crosslore_overrides(training_seed=training_args.seed),
-    )
+    options = finetuning_args.crosslore_overrides(training_seed=training_args.seed)
+    if training_args.adam_epsilon != TRANSFORMERS_EPSILON:
+        options["eps"] = training_args.adam_epsilon  # else the preset's own
+    try:
+        return create_optimizer(
+            model,
+            finetuning_args.crosslore_preset,
+            lr=training_args.learning_rate,
+            betas=(training_args.adam_beta1, training_args.adam_beta2),
+            weight_decay=training_args.weight_decay,
+            rule=choose_rule(training_args.optim),
+            **options,
+        )
+    except ValueError as error:  # its names are those of Python
+        raise ValueError(str(error).replace("`targets`", "`crosslore_target`")) from None

@@ -283,7 +283,7 @@ def test_an_unknown_data_set_lists_the_near_and_the_known_ones(run, output, caps
 
 
 def test_mawps_without_a_local_folder_says_which_files_it_needs(script, output, capsys):
-    assert script.main(["--output", str(output)]) == 2
+    assert script.main(["mawps", "--output", str(output)]) == 2
     message = capsys.readouterr().err
     for part in (
         "mawps",
@@ -297,7 +297,8 @@ def test_mawps_without_a_local_folder_says_which_files_it_needs(script, output, 
     assert not output.exists()
 
 
-def test_the_hub_is_asked_for_the_right_rows(script, tasks, output, monkeypatch):
+@pytest.mark.parametrize("words", [["gsm8k", "e2e"], []], ids=["named", "all that can be had"])
+def test_the_hub_is_asked_for_the_right_rows(script, tasks, output, monkeypatch, capsys, words):
     asked = []
     rows = {
         "openai/gsm8k": [GSM8K],
@@ -311,7 +312,8 @@ def test_the_hub_is_asked_for_the_right_rows(script, tasks, output, monkeypatch)
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     for name in ("gsm8k", "e2e"):
         with_row_counts(tasks, monkeypatch, name, rows=1, sha256="0")
-    assert script.main(["gsm8k", "e2e", "--output", str(output)]) == 0
+    assert script.main([*words, "--output", str(output)]) == 0
+    assert ("left out: mawps" in capsys.readouterr().err) == (not words)
     assert asked == [
         ("openai/gsm8k", "main", None, "train"),
         ("openai/gsm8k", "main", None, "test"),

@@ -86,7 +86,8 @@ def main() -> int:
     for name, result in results.items():
         print(
             f"{name:24} step {result['step_seconds_median']:.2f} s, "
-            f"optimizer {result['optimizer_seconds_median']:.2f} s, with a refresh {result['optimizer_seconds_with_refresh']:.1f} s"
+            f"optimizer {result['optimizer_seconds_median']:.2f} s, "
+            f"with a refresh {result['optimizer_seconds_with_refresh']:.1f} s"
         )
     return 0
 

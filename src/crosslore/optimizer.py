@@ -29,8 +29,9 @@ class LowRankOptimizer(Optimizer):
         LowRankOptimizer([{"params": matrices, "rank": 128, "scale": 0.25}, {"params": others}], lr=1e-5)
 
     Group options are the fields of `LowRankConfig` and `lr`, `betas`, `eps`, `weight_decay`. `state[p]` holds
-    tensors only: `step`, `basis`, `exp_avg`, `exp_avg_sq`, `res_index`, `res_avg`, `res_avg_sq`; those of the parts
-    of a fused weight are prefixed, e.g. `q_proj.basis`.
+    tensors only: `step`, `basis`, `exp_avg`, `exp_avg_sq`, `res_index`, `res_avg`, `res_avg_sq`; 8-bit
+    moments have `exp_avg_scale` and `exp_avg_sq_scale` too. Those of the parts of a fused weight are prefixed, e.g.
+    `q_proj.basis`.
 
     A weight with a non-finite gradient is skipped for that step, state and all (`nonfinite_skips` counts them).
     One whose gradient is all zero when a basis is to be fitted waits: it decays, and the refresh stays due.

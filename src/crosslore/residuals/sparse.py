@@ -24,8 +24,8 @@ class SparseResidual:
     """Residual moments at the positions L that are chosen once, at the end of the warm-up.
 
     During the first k steps nothing is added. At the end of step k (of step 1 if k = 0) the positions are
-    recorded; the residual acts at every step t > k. State, per weight:
-    (zeros until the positions are known) `res_index` int32 (kept,): flat positions, ascending; `res_avg`, `res_avg_sq` (kept,): dM and dV of Algorithm 2,
+    recorded; the residual acts at every step t > k. State, per weight, zeros until the positions are known:
+    `res_index` int32 (kept,): flat positions, ascending; `res_avg`, `res_avg_sq` (kept,): dM and dV of Algorithm 2,
     for rule "exact" the moments of the gradient itself. While `residual_select` is "residual" and the warm-up
     runs, `res_avg_sq` is (rows, cols) and accumulates dG * dG.
 

@@ -8,6 +8,7 @@ Importing this package loads torch and nothing heavier.
 
 from crosslore.config import LowRankConfig
 from crosslore.factory import create_optimizer
+from crosslore.layerwise import attach_layerwise
 from crosslore.layout import MatrixLayout
 from crosslore.optimizer import LowRankOptimizer
 from crosslore.presets import PRESETS
@@ -20,5 +21,6 @@ __all__ = [
     "LowRankOptimizer",
     "MatrixLayout",
     "__version__",
+    "attach_layerwise",
     "create_optimizer",
 ]

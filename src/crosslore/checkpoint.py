@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from crosslore.config import LowRankConfig
+from crosslore.layout import Block
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def check_same_structure(current: Groups, saved: Groups, *, names: Callable[[int
                     "Resume with the same model and the same options, or start afresh."
                 )
         for name, here, there in zip(names(g), mine["blocks"], theirs["blocks"], strict=False):
-            if here != there:
+            if [Block.from_plain(b) for b in here] != [Block.from_plain(b) for b in there]:
                 raise ValueError(
                     f"{name} was saved as {_describe(there)}, this run asks for {_describe(here)}. "
                     "Resume with the options of the checkpoint, or start afresh."

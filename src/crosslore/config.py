@@ -1,15 +1,25 @@
 """The choices that make up a method, as one frozen value that checks itself."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from crosslore.checks import check_bool, check_choice, check_float, check_int, check_names
 from crosslore.registry import REGISTRY, Kind, unknown_name
 
-ResidualRule = Literal["guarded", "paper", "exact"]
-ResidualSelect = Literal["moment", "residual"]
-Embeddings = Literal["full", "lowrank", "frozen"]
+# Fields with a few allowed values.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "residual_rule": ("guarded", "paper", "exact"),
+    "residual_select": ("moment", "residual"),
+    "norm_granularity": ("channel", "tensor"),
+    "head_choice": ("random", "energy"),
+    "first_fit": ("randomized", "svd"),
+    "square_side": ("right", "left"),
+    "basis_dtype": ("weight", "float32"),
+    "eps_placement": ("corrected", "uncorrected"),
+    "decay_order": ("before", "after"),
+    "embeddings": ("full", "lowrank", "frozen"),
+}
 
 # Names that select every linear layer of the model except its heads.
 ALL_LINEAR = "all-linear"
@@ -30,12 +40,30 @@ class LowRankConfig:
     scale: float = 1.0
     # Steps between two fits of the basis; >= 1. GaLore's default; the CrossLore paper does not say.
     refresh_every: int = 200
+    # Steps by which every refresh but the first is shifted; -1: at the end of an interval, as Flora.
+    refresh_phase: int = 0
+    # Spread the refreshes of different weights over the interval, so that no step has to fit them all.
+    refresh_stagger: bool = False
     # How a basis is fitted: a name of the registry.
     projector: str = "randomized"
+    # How `power` fits its first basis, when there is none to start from.
+    first_fit: Literal["randomized", "svd"] = "randomized"
     # Extra sketch columns of `randomized` (p in Halko et al. 2011); >= 0. Their recommendation: 5 to 10.
     oversampling: int = 8
     # Power iterations of `randomized` (q in Halko et al. 2011); >= 0. Two reach 99.8 % of the best energy.
     power_iterations: int = 2
+    # Which heads a shared basis is fitted to: drawn at random (paper), or those whose gradient is largest.
+    head_choice: Literal["random", "energy"] = "random"
+    # Steps whose gradients a new basis is fitted to: 1: the refresh's own (papers); w > 1: the w before it.
+    fit_window: int = 1
+    # Share of the projected-back first moment in what a basis is fitted to (LDAdam's rho); 0 to 1.
+    fit_momentum: float = 0.0
+    # Last step with a fitted basis; random orthonormal ones from then on (GoLore). None: never.
+    random_after: int | None = None
+    # Side of the basis of a square matrix: "right" as GaLore, "left" as LDAdam.
+    square_side: Literal["right", "left"] = "right"
+    # Dtype in which bases are stored: the weight's, or fp32.
+    basis_dtype: Literal["weight", "float32"] = "weight"
     # What happens to the old moments at a refresh: a name of the registry.
     moments: str = "keep"
     # What is done about the part of the gradient that was projected away: a name of the registry, or None.
@@ -43,11 +71,13 @@ class LowRankConfig:
     # Share of a weight's entries that the residual keeps; 0 to 1. Paper, tables 3-4: 0.012.
     residual_ratio: float = 0.0
     # Denominator of the residual update (docs: "Where we differ"). `paper` is Eq. 9 and 12 as printed.
-    residual_rule: ResidualRule = "guarded"
+    residual_rule: Literal["guarded", "paper", "exact"] = "guarded"
     # Which positions are kept: largest |P M'| (paper) or largest accumulated residual energy.
-    residual_select: ResidualSelect = "moment"
+    residual_select: Literal["moment", "residual"] = "moment"
     # Steps before the residual starts (the paper's k, which it does not give); >= 0.
     warmup_steps: int = 100
+    # Size of what `norm_scaled` and `scaled_gradient` scale by one factor: a row or column, or the whole matrix.
+    norm_granularity: Literal["channel", "tensor"] = "channel"
     # Update rule on compact and on full tensors: a name of the registry.
     rule: str = "adamw"
     # Where eps enters: "corrected" m_hat/(sqrt(v_hat)+eps) as torch and Algorithm 2; "uncorrected" as galore-torch.
@@ -61,25 +91,31 @@ class LowRankConfig:
     # Modules with a residual; None: every target. Paper: query and key.
     residual_targets: tuple[str, ...] | None = None
     # Input and output embeddings: trained at full rank (paper), in low rank, or frozen.
-    embeddings: Embeddings = "full"
-    # Seed of heads and sketches, which are drawn from (seed, weight name, refresh number) only.
+    embeddings: Literal["full", "lowrank", "frozen"] = "full"
+    # Round bf16 weights up or down at random, in proportion, instead of to the nearest; needs an fp32 scratch.
+    stochastic_rounding: bool = False
+    # Seed of heads, sketches and rounding, which are drawn from (seed, weight name, refresh number) only.
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check every field; as early as possible, before any weight is touched."""
-        _check_int("rank", self.rank, low=1, hint="Use 16, 32, 128 or 256 as the paper does.")
-        _check_float("scale", self.scale, low=0.0, low_open=True, hint="It is the paper's alpha, e.g. 32.")
-        _check_int("refresh_every", self.refresh_every, low=1, hint="200 is GaLore's default.")
-        _check_int("oversampling", self.oversampling, low=0, hint="8 is the default.")
-        _check_int("power_iterations", self.power_iterations, low=0, hint="2 is the default.")
-        _check_float("residual_ratio", self.residual_ratio, low=0.0, high=1.0, hint="The paper uses 0.012; 0: off.")
-        _check_int("warmup_steps", self.warmup_steps, low=0, hint="100 is the default.")
-        _check_int("seed", self.seed, low=0, hint="Any non-negative integer.")
-        _check_choice("residual_rule", self.residual_rule, ("guarded", "paper", "exact"))
-        _check_choice("residual_select", self.residual_select, ("moment", "residual"))
-        _check_choice("eps_placement", self.eps_placement, ("corrected", "uncorrected"))
-        _check_choice("decay_order", self.decay_order, ("before", "after"))
-        _check_choice("embeddings", self.embeddings, ("full", "lowrank", "frozen"))
+        check_int("rank", self.rank, low=1, hint="Use 16, 32, 128 or 256 as the paper does.")
+        check_float("scale", self.scale, low=0.0, low_open=True, hint="It is the paper's alpha, e.g. 32.")
+        check_int("refresh_every", self.refresh_every, low=1, hint="200 is GaLore's default.")
+        check_int("oversampling", self.oversampling, low=0, hint="8 is the default.")
+        check_int("power_iterations", self.power_iterations, low=0, hint="2 is the default.")
+        check_float("residual_ratio", self.residual_ratio, low=0.0, high=1.0, hint="The paper uses 0.012; 0: off.")
+        check_int("warmup_steps", self.warmup_steps, low=0, hint="100 is the default.")
+        check_int("fit_window", self.fit_window, low=1, hint="1 is the papers' choice, 4 sums four steps.")
+        check_int("refresh_phase", self.refresh_phase, low=-1, hint="0 is the default.")
+        check_float("fit_momentum", self.fit_momentum, low=0.0, high=1.0, hint="LDAdam uses 0.908; 0: off.")
+        if self.random_after is not None:
+            check_int("random_after", self.random_after, low=0, hint="GoLore: 0.8 of all steps; None: never.")
+        check_int("seed", self.seed, low=0, hint="Any non-negative integer.")
+        for name, choices in CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        check_bool("refresh_stagger", self.refresh_stagger, hint="True spreads the refreshes.")
+        check_bool("stochastic_rounding", self.stochastic_rounding, hint="It concerns bf16 weights only.")
         named: tuple[Kind, ...] = ("projector", "moments", "residual", "rule")
         for kind in named:
             value = getattr(self, kind)
@@ -90,10 +126,43 @@ class LowRankConfig:
                 "projector must name how a basis is fitted, got 'cross_head', which wraps another projector. "
                 "Set `cross_head_targets`, e.g. ('q_proj', 'k_proj'), and `projector` to 'randomized' or 'svd'."
             )
-        object.__setattr__(self, "targets", _names("targets", self.targets, whole=ALL_LINEAR))
+        self._check_combinations()
+        object.__setattr__(self, "targets", check_names("targets", self.targets, whole=ALL_LINEAR))
         for name in ("cross_head_targets", "residual_targets"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _names(name, getattr(self, name)))
+                object.__setattr__(self, name, check_names(name, getattr(self, name)))
+
+    def _check_combinations(self) -> None:
+        """Refuse parts that do not work together; each message names both and what to change."""
+        if self.fit_window > 1 and self.projector not in ("randomized", "power"):
+            raise ValueError(
+                f"fit_window must be 1 for projector {self.projector!r}, got {self.fit_window}: only a sketch can be "
+                "summed over steps. Use projector='power' or 'randomized'."
+            )
+        if self.fit_window > self.refresh_every:
+            raise ValueError(
+                f"fit_window must be at most refresh_every ({self.refresh_every}), got {self.fit_window}. Lower it."
+            )
+        if self.projector == "gaussian" and self.moments == "rotate":
+            raise ValueError(
+                "moments='rotate' needs an orthonormal basis, got projector='gaussian'. "
+                "Use moments='rotate_first', 'keep' or 'reset', or projector='random'."
+            )
+        if self.projector == "gaussian" and self.residual in ("sparse", "norm_scaled", "error_feedback"):
+            raise ValueError(
+                f"residual={self.residual!r} needs an orthonormal basis, got projector='gaussian', whose columns are "
+                "not. Use projector='random', or residual='scaled_gradient'."
+            )
+        if self.residual == "flora" and (self.projector != "gaussian" or self.rule != "adafactor"):
+            raise ValueError(
+                f"residual='flora' goes with projector='gaussian' and rule='adafactor', got {self.projector!r} and "
+                f"{self.rule!r}. Take the preset 'flora' as it is, or another one for another rule."
+            )
+        if self.residual_ratio > 0 and self.residual not in (None, "sparse"):
+            raise ValueError(
+                f"residual_ratio must be 0 for residual={self.residual!r}, got {self.residual_ratio}: it is the share "
+                "of positions that residual='sparse' keeps. Leave it out."
+            )
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> "LowRankConfig":  # Any: a param group is torch's own dict
@@ -117,6 +186,8 @@ class Hyper:
     eps: float
     # Whether the decay comes before or after the update.
     decay_order: Literal["before", "after"] = "before"
+    # Round bf16 weights at random instead of to the nearest.
+    stochastic_rounding: bool = False
     # Part of the seed of every draw, with the weight's name and the refresh number.
     seed: int = field(default=0)
 
@@ -126,63 +197,22 @@ class Hyper:
         return 1.0 - self.lr * self.weight_decay
 
     @property
+    def step_factor(self) -> float:
+        """Return the factor on an update that `scale` does not concern, -lr; decayed when the decay comes after it."""
+        return -self.lr * self.weight_factor if self.decay_order == "after" else -self.lr
+
+    @property
     def update_factor(self) -> float:
-        """Return the factor on the update, -lr * scale; decayed too when the decay comes after it."""
-        factor = -self.lr * self.scale
-        return factor * self.weight_factor if self.decay_order == "after" else factor
+        """Return the factor on the low-rank update, -lr * scale; decayed too when the decay comes after it."""
+        return self.step_factor * self.scale
 
 
 def check_hyper(*, lr: object, betas: object, eps: object, weight_decay: object) -> None:
     """Check the hyper-parameters that torch.optim users know; raises TypeError or ValueError."""
-    _check_float("lr", lr, low=0.0, hint="The paper uses 1e-6.")
-    _check_float("eps", eps, low=0.0, hint="1e-8 is torch's default.")
-    _check_float("weight_decay", weight_decay, low=0.0, hint="0 switches it off.")
+    check_float("lr", lr, low=0.0, hint="The paper uses 1e-6.")
+    check_float("eps", eps, low=0.0, hint="1e-8 is torch's default.")
+    check_float("weight_decay", weight_decay, low=0.0, hint="0 switches it off.")
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise TypeError(f"betas must be two numbers, got {betas!r}. Use (0.9, 0.999).")
     for i, beta in enumerate(betas):
-        _check_float(f"betas[{i}]", beta, low=0.0, high=1.0, high_open=True, hint="Use (0.9, 0.999).")
-
-
-def _check_int(name: str, value: object, *, low: int, hint: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer >= {low}, got {value!r} ({type(value).__name__}). {hint}")
-    if value < low:
-        raise ValueError(f"{name} must be an integer >= {low}, got {value}. {hint}")
-
-
-def _check_float(
-    name: str,
-    value: object,
-    *,
-    low: float,
-    high: float = math.inf,
-    low_open: bool = False,
-    high_open: bool = False,
-    hint: str,
-) -> None:
-    allowed = f"{'>' if low_open else '>='} {low:g}"
-    if high < math.inf:
-        allowed += f" and {'<' if high_open else '<='} {high:g}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number {allowed}, got {value!r} ({type(value).__name__}). {hint}")
-    too_low = value < low or (low_open and value == low)
-    too_high = value > high or (high_open and value == high)
-    if not math.isfinite(value) or too_low or too_high:
-        raise ValueError(f"{name} must be a number {allowed}, got {value!r}. {hint}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(unknown_name(name, value, choices))
-
-
-def _names(name: str, value: object, *, whole: str | None = None) -> str | tuple[str, ...]:
-    if isinstance(value, str) and value == whole:
-        return value
-    names = (value,) if isinstance(value, str) else value
-    if not isinstance(names, tuple | list) or not names or not all(isinstance(n, str) and n for n in names):
-        also = f"{whole!r} or " if whole else ""
-        raise TypeError(
-            f"{name} must be {also}a list of module names, got {value!r}. Example: {name}=('q_proj', 'k_proj')."
-        )
-    return tuple(names)
+        check_float(f"betas[{i}]", beta, low=0.0, high=1.0, high_open=True, hint="Use (0.9, 0.999).")

@@ -9,12 +9,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crosslore.config import LowRankConfig
-from crosslore.heads import AttentionShape, attention_shape
-from crosslore.layout import Block, MatrixLayout, shorter_side
+from crosslore.layerwise import Clip, attach_layerwise
+from crosslore.layout import Block
 from crosslore.optimizer import LowRankOptimizer
+from crosslore.planning import plan_blocks
 from crosslore.presets import get_preset, rule_options
 from crosslore.registry import unknown_name
-from crosslore.targets import embedding_weights, linear_modules, matches, plain_name, require_match, select_targets
+from crosslore.targets import embedding_weights, plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,11 @@ def create_optimizer(
     preset: str = "crosslore",
     *,
     lr: float,
+    layerwise: bool = False,
+    accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    clip: Clip = "weight",
+    foreach: bool | None = None,
     **overrides: Any,  # Any: fields of LowRankConfig and rule options, each checked by its own type
 ) -> LowRankOptimizer:
     """Return an optimizer for every trainable weight of `model`.
@@ -38,6 +44,11 @@ def create_optimizer(
         model: any module. Attention heads are read from `model.config` when it has one.
         preset: a name of `PRESETS`.
         lr: learning rate per step; the paper uses 1e-6 with scale 16 to 128.
+        layerwise: step each weight inside backward and free its gradient at once; see `attach_layerwise`.
+        accumulation_steps: backward passes per step. For layerwise only.
+        max_grad_norm: largest gradient norm, None: no clipping. For layerwise only: else clip before `step()`.
+        clip: what that norm is of: "weight" or "stale-global". For layerwise only.
+        foreach: see `LowRankOptimizer`.
         **overrides: fields of `LowRankConfig`, or `betas`, `eps`, `weight_decay`.
 
     Raises:
@@ -53,12 +64,19 @@ def create_optimizer(
     options = rule_options(chosen)
     config = _override(chosen.config, options, overrides)
     _refuse_unsupported(model)
-    low_rank = _plan_blocks(model, config, explicit=frozenset(overrides))
+    low_rank = plan_blocks(model, config, explicit=frozenset(overrides))
     ends = {id(weight) for weight in embedding_weights(model).values()}
     frozen = ends if config.embeddings == "frozen" else set()
     weights = [(plain_name(n), p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in frozen]
     groups = _groups(weights, low_rank, weight_decay=options["weight_decay"])
-    optimizer = LowRankOptimizer(groups, lr=lr, **options, config=config)
+    if not layerwise and (accumulation_steps != 1 or max_grad_norm is not None):
+        raise ValueError(
+            "accumulation_steps and max_grad_norm are for layerwise=True, got layerwise=False. Call backward several "
+            "times and torch.nn.utils.clip_grad_norm_ before step(), or set layerwise=True."
+        )
+    optimizer = LowRankOptimizer(groups, lr=lr, **options, config=config, foreach=foreach)
+    if layerwise:
+        attach_layerwise(optimizer, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, clip=clip)
     for weight in embedding_weights(model).values():
         weight.requires_grad_(weight.requires_grad and id(weight) not in frozen)
     _log_summary(preset, config, low_rank, total=len(weights))
@@ -97,97 +115,6 @@ def _refuse_unsupported(model: nn.Module) -> None:
                 f"{name} has dtype {weight.dtype}; float64, float32, bfloat16 and float16 can be trained. "
                 "Load the model unquantised or freeze this weight."
             )
-
-
-def _plan_blocks(model: nn.Module, config: LowRankConfig, *, explicit: frozenset[str]) -> dict[int, list[Block]]:
-    """Return the blocks of every low-rank weight, by id of the weight."""
-    shape = attention_shape(model)
-    plans = {
-        id(module.weight): plan_linear(name, module, config, shape)
-        for name, module in select_targets(model, config.targets).items()
-    }
-    if config.embeddings == "lowrank":
-        for name, weight in embedding_weights(model).items():
-            if weight.requires_grad:
-                rows, cols = weight.shape
-                plans[id(weight)] = [Block(layout=_layout(name, rows, cols, config))]
-    _check_names(model, config, shape, plans, explicit)
-    return plans
-
-
-def plan_linear(name: str, module: nn.Linear, config: LowRankConfig, shape: AttentionShape | None) -> list[Block]:
-    """Return one block for a linear layer, or one for each of query, key and value if it is a fused one.
-
-    Args:
-        name: dotted name of the module.
-        module: the layer; its weight is (out, in).
-        config: rank, and which names share a basis or have a residual.
-        shape: the model's heads, if known.
-
-    Raises:
-        ValueError: if the rank does not fit; names the layer.
-    """
-    rows, cols = module.weight.shape
-    spans = shape.fused_spans(name.rsplit(".", 1)[-1], rows) if shape else None
-    if spans is None:
-        heads = shape.heads_in(rows) if shape else None
-        return [_block(name, rows, cols, heads, config)]
-    parent = name.rpartition(".")[0]
-    blocks = []
-    for role, (span, heads) in spans.items():
-        part = f"{parent}.{role}" if parent else role
-        length = rows // span.stride * span.length
-        blocks.append(replace(_block(part, length, cols, heads, config), key=f"{role}.", span=span))
-    return blocks
-
-
-def _block(name: str, rows: int, cols: int, heads: int | None, config: LowRankConfig) -> Block:
-    shared = heads is not None and matches(name, config.cross_head_targets or ())
-    residual = config.residual is not None and (
-        config.residual_targets is None or matches(name, config.residual_targets)
-    )
-    layout = _layout(name, rows, cols, config, heads=heads if shared and heads else None)
-    return Block(layout=layout, cross_head=shared, residual=residual)
-
-
-def _layout(name: str, rows: int, cols: int, config: LowRankConfig, heads: int | None = None) -> MatrixLayout:
-    """Return the layout; heads share the input side, else the basis is on the shorter side."""
-    side = "right" if heads else shorter_side(rows, cols)
-    try:
-        return MatrixLayout(rows=rows, cols=cols, rank=config.rank, side=side, heads=heads or 1)
-    except ValueError as error:
-        raise ValueError(f"{name.removesuffix('.weight')}: {error}") from None
-
-
-def _check_names(
-    model: nn.Module,
-    config: LowRankConfig,
-    shape: AttentionShape | None,
-    plans: dict[int, list[Block]],
-    explicit: frozenset[str],
-) -> None:
-    """Check the names of cross-head and residual targets: an error if the user gave them, a note if a preset did."""
-    linears = linear_modules(model)
-    names = set(linears)
-    for name, module in linears.items():
-        if shape and shape.fused_spans(name.rsplit(".", 1)[-1], module.weight.shape[0]):
-            names |= {".".join([*name.split(".")[:-1], role]) for role in ("q_proj", "k_proj", "v_proj")}
-    for option in ("cross_head_targets", "residual_targets"):
-        for pattern in getattr(config, option) or ():
-            if option in explicit:
-                require_match(pattern, names, option=option)
-    wanted = [n for n in names if matches(n, config.cross_head_targets or ())]
-    planned = {id(module.weight) for n, module in linears.items() if n in wanted} & set(plans)
-    shared = any(block.cross_head for plan in plans.values() for block in plan)
-    if config.cross_head_targets and not shared and (planned or not wanted):
-        what = f"{config.cross_head_targets} of a {getattr(getattr(model, 'config', None), 'model_type', 'model')}"
-        logger.warning(
-            "The attention heads of %s could not be determined: training without cross-head sharing. "
-            "Set `cross_head_targets` to the names of query and key layers if the model has them.",
-            what,
-        )
-    if config.residual and config.residual_targets and not any(b.residual for plan in plans.values() for b in plan):
-        logger.warning("No layer matches residual_targets %s: training without a residual.", config.residual_targets)
 
 
 def _groups(

@@ -17,6 +17,7 @@ FUSED: dict[str, tuple[str, Arrangement]] = {
     "chatglm": ("query_key_value", "concatenated"),
     "dbrx": ("Wqkv", "concatenated"),
     "falcon": ("query_key_value", "grouped"),
+    "gpt2": ("c_attn", "concatenated"),
     "gpt_bigcode": ("c_attn", "concatenated"),
     "gpt_neox": ("query_key_value", "grouped"),
     "gpt_neox_japanese": ("query_key_value", "grouped"),

@@ -48,18 +48,35 @@ class MatrixLayout:
         return self.rows // self.heads
 
     @property
-    def basis_shape(self) -> tuple[int, int]:
-        """(rows, r) on the left, (cols, r) on the right."""
-        return (self.rows if self.side == "left" else self.cols), self.rank
+    def basis_shape(self) -> tuple[int, ...]:
+        """(rows, r) on the left, (cols, r) on the right; stacked matrices have one each."""
+        return *self.batch, (self.rows if self.side == "left" else self.cols), self.rank
+
+    @property
+    def low_shape(self) -> tuple[int, ...]:
+        """Shape of a compact gradient: (r, cols) on the left, (rows, r) on the right."""
+        return *self.batch, *((self.rank, self.cols) if self.side == "left" else (self.rows, self.rank))
 
     def factors(self, low: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         """Return A (rows, r) and B (cols, r) such that the projected-back matrix is A B^T; views, no copies."""
         return (basis, low.mT) if self.side == "left" else (low, basis)
 
+    def add_product_(self, weight: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float) -> None:
+        """Set weight <- beta * weight + alpha * A B^T in one pass; A and B as `factors` returns them."""
+        a, b = a.to(weight.dtype), b.to(weight.dtype)
+        if not self.batch:
+            weight.addmm_(a, b.mT, alpha=alpha, beta=beta)
+        elif len(self.batch) == 1:
+            weight.baddbmm_(a, b.mT, alpha=alpha, beta=beta)
+        else:
+            weight.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.mT.flatten(0, -3), alpha=alpha, beta=beta)
 
-def shorter_side(rows: int, cols: int) -> Side:
-    """Return GaLore's choice, the side that makes the basis small: right when rows >= cols."""
-    return "right" if rows >= cols else "left"
+
+def shorter_side(rows: int, cols: int, *, square: Side = "right") -> Side:
+    """Return the side that makes the basis small: right when rows > cols; `square` is the choice for equal ones."""
+    if rows == cols:
+        return square
+    return "right" if rows > cols else "left"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +95,8 @@ class RowSpan:
         """Return the rows as a matrix: a view when they are adjacent, else a copy (see `put_`)."""
         if weight.shape[0] == self.stride:
             return weight[self.start : self.start + self.length]
-        return self._parts(weight).flatten(0, 1)
+        rows: Tensor = self._parts(weight).flatten(0, 1)
+        return rows
 
     def put_(self, weight: Tensor, block: Tensor) -> None:
         """Write back what `take` returned, if that was a copy."""
@@ -87,7 +105,8 @@ class RowSpan:
 
     def _parts(self, weight: Tensor) -> Tensor:
         """Return the rows as a view, (repeats, length, cols)."""
-        return weight.view(-1, self.stride, weight.shape[1])[:, self.start : self.start + self.length]
+        parts: Tensor = weight.unflatten(0, (-1, self.stride))[:, self.start : self.start + self.length]
+        return parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +118,34 @@ class Block:
     key: str = ""
     # Where the rows are; None for a whole weight.
     span: RowSpan | None = None
+    # The weight is stored as (in, out), as transformers.Conv1D does: its transpose is the matrix.
+    transposed: bool = False
     # One head's basis is shared by all heads (Eq. 4).
     cross_head: bool = False
     # The sparsely coded residual is on (Algorithm 2).
     residual: bool = False
+    # Steps by which this weight's refreshes are shifted, so that not all of them fall on one step.
+    refresh_offset: int = 0
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Return the matrix of a weight or gradient: a view where it can be one, else a copy (see `put_`).
+
+        A convolution's weight (out, in, kernel ...) is the matrix (out, in * kernel).
+        """
+        matrix = tensor.mT if self.transposed else tensor
+        if matrix.dim() != 2 + len(self.layout.batch):
+            matrix = matrix.reshape(matrix.shape[0], -1)
+        return matrix if self.span is None else self.span.take(matrix)
+
+    def put_(self, weight: Tensor, matrix: Tensor) -> None:
+        """Write back what `take` returned, if that was a copy."""
+        if matrix.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
+            return
+        whole = weight.mT if self.transposed else weight
+        if self.span is not None:
+            self.span.put_(whole, matrix)
+        else:
+            whole.copy_(matrix.view(whole.shape))
 
     def to_plain(self) -> dict[str, Any]:  # Any: nested plain values, as a parameter group stores them
         """Return plain values only, for a parameter group."""
@@ -110,8 +153,16 @@ class Block:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "Block":  # Any: see to_plain
-        """Return the block that `to_plain` described."""
+        """Return the block that `to_plain` described; one of an older version lacks newer fields."""
         layout = dict(plain["layout"])
         layout["batch"] = tuple(layout.get("batch", ()))
         span = RowSpan(**plain["span"]) if plain.get("span") else None
         return cls(**{**plain, "layout": MatrixLayout(**layout), "span": span})
+
+
+def stagger_(blocks: list[list[dict[str, Any]]], every: int) -> None:  # Any: see Block.to_plain
+    """Spread the refreshes of a group's weights evenly over an interval of `every` steps."""
+    low_rank = [plan for plan in blocks if plan]
+    for i, plan in enumerate(low_rank):
+        for block in plan:
+            block["refresh_offset"] = i * every // len(low_rank)

@@ -12,12 +12,14 @@ from torch.optim import Optimizer
 
 from crosslore.checkpoint import check_same_structure, restore_dtypes
 from crosslore.config import Hyper, LowRankConfig, check_hyper
-from crosslore.layout import Block, MatrixLayout, shorter_side
-from crosslore.refresh import RefreshEvery
-from crosslore.registry import build_rule, unknown_name
-from crosslore.step import build_method, fullrank_step, init_state, lowrank_step
+from crosslore.layerwise import Layerwise
+from crosslore.layout import Block, MatrixLayout, shorter_side, stagger_
+from crosslore.registry import unknown_name
+from crosslore.stepping import Item, step_items
 
 logger = logging.getLogger(__name__)
+
+CONFIG_NAMES = tuple(f.name for f in fields(LowRankConfig))
 
 
 class LowRankOptimizer(Optimizer):
@@ -43,6 +45,7 @@ class LowRankOptimizer(Optimizer):
         eps: added to the denominator, >= 0.
         weight_decay: decoupled, >= 0.
         config: defaults of the groups' other options.
+        foreach: work on all compact gradients of a group at once: fewer launches, more memory. None: on a GPU.
 
     Raises:
         TypeError, ValueError: an option has the wrong type or range; a matrix does not fit the rank.
@@ -57,11 +60,14 @@ class LowRankOptimizer(Optimizer):
         weight_decay: float = 0.0,
         *,
         config: LowRankConfig | None = None,
+        foreach: bool | None = None,
     ) -> None:
         """Build the groups; no state is allocated before the first step."""
         check_hyper(lr=_plain(lr), betas=betas, eps=eps, weight_decay=weight_decay)
         self.nonfinite_skips: dict[str, int] = {}
-        self._plans: dict[int, list[list[Block]]] = {}
+        self.layerwise: Layerwise | None = None
+        self.foreach = foreach
+        self._forget()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, **asdict(config or LowRankConfig())})
 
@@ -80,6 +86,8 @@ class LowRankOptimizer(Optimizer):
                 names = self._names(len(self.param_groups) - 1)
                 shapes = zip(names, group["params"], strict=True)
                 group["blocks"] = [_default_blocks(n, p, config) if low_rank else [] for n, p in shapes]
+            if config.refresh_stagger:
+                stagger_(group["blocks"], config.refresh_every)
         except Exception:
             self.param_groups.pop()
             raise
@@ -88,10 +96,18 @@ class LowRankOptimizer(Optimizer):
         """Restore after pickling, copying or loading."""
         super().__setstate__(state)
         self.__dict__.setdefault("nonfinite_skips", {})
-        self._plans = {}
+        self.__dict__.setdefault("layerwise", None)
+        self.__dict__.setdefault("foreach", None)
+        self._forget()
         for group in self.param_groups:  # a checkpoint of an older version lacks newer options
             for key, value in asdict(LowRankConfig()).items():
                 group.setdefault(key, value)
+
+    def _forget(self) -> None:
+        """Drop what is derived from the groups."""
+        self._plans: dict[int, list[list[Block]]] = {}
+        self._configs: dict[int, tuple[tuple[object, ...], LowRankConfig]] = {}
+        self._places: dict[int, tuple[int, int]] = {}
 
     def __repr__(self) -> str:
         """Return one line per group: what it holds and its main options."""
@@ -109,6 +125,8 @@ class LowRankOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Do one step of every weight that has a gradient; return the closure's loss.
 
+        In layerwise mode the weights have stepped inside backward already; what is left is done here.
+
         Args:
             closure: reevaluates the model and returns the loss.
 
@@ -119,45 +137,47 @@ class LowRankOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.layerwise is not None:
+            self.layerwise.finish_step()
         todo = [(g, i, p) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])]
-        todo = [item for item in todo if item[2].grad is not None and item[2].numel() > 0]
-        peaks = _largest_entries([p.grad for _, _, p in todo])
-        finite = [peak < float("inf") for peak in peaks]  # False for inf and for NaN
-        if not all(finite):
-            self._count_skips([self._names(g)[i] for (g, i, _), ok in zip(todo, finite, strict=True) if not ok])
-        methods = [(LowRankConfig.from_group(group), _hyper(group)) for group in self.param_groups]
-        for (g, i, p), peak, ok in zip(todo, peaks, finite, strict=True):
-            if ok:
-                self._step_weight(g, i, p, *methods[g], zero=peak == 0)
+        self._step([item for item in todo if item[2].grad is not None and item[2].numel() > 0])
         return loss
 
-    def _step_weight(self, g: int, i: int, p: Tensor, config: LowRankConfig, hp: Hyper, *, zero: bool) -> None:
-        """Do one step of weight i of group g; its gradient is finite, and all zero if `zero`."""
-        assert p.grad is not None
-        blocks, state, name = self._plan(g)[i], self.state[p], self._names(g)[i]
-        if not blocks:
-            t = _advance(state)
-            rule = build_rule(config.rule, eps_placement=config.eps_placement)
-            fullrank_step(p, p.grad, state, rule, Hyper(**{**asdict(hp), "scale": 1.0}), t)
-            return
-        waits = zero and RefreshEvery(config.refresh_every).due(_steps_done(state) + 1)
-        t = _steps_done(state) if waits else _advance(state)
-        if waits:
-            p.mul_(hp.weight_factor)
-        for block in blocks:
-            method = build_method(config, cross_head=block.cross_head, residual=block.residual)
-            part = {k.removeprefix(block.key): v for k, v in state.items() if k.startswith(block.key)}
-            weight, grad = (p, p.grad) if block.span is None else (block.span.take(p), block.span.take(p.grad))
-            if not waits:
-                # Of a fused weight one part may be all zero; asked at a refresh only.
-                may_fit = block.span is None or not method.refresh.due(t) or bool(grad.any())
-                draw_name = _draw_name(name, block.key)
-                lowrank_step(weight, grad, part, method, block.layout, hp, t, name=draw_name, may_fit=may_fit)
-            elif "basis" not in part:
-                part.update(init_state(grad, method, block.layout))
-            state.update({f"{block.key}{k}": v for k, v in part.items() if k != "step"})
-            if block.span is not None:
-                block.span.put_(p, weight)
+    @torch.no_grad()
+    def step_param(self, weight: Tensor) -> None:
+        """Do one step of one weight, from its `.grad`; nothing happens if it has none.
+
+        Raises:
+            KeyError: if the weight is not in a group of this optimizer.
+        """
+        g, i = self.place(weight)
+        if weight.grad is not None and weight.numel() > 0:
+            self._step([(g, i, weight)])
+
+    def _step(self, todo: list[tuple[int, int, Tensor]]) -> None:
+        grads = [p.grad for _, _, p in todo if p.grad is not None]
+        peaks = _largest_entries(grads)
+        finite = [peak < float("inf") for peak in peaks]  # False for inf and for NaN
+        if not all(finite):
+            self.count_skips([self._names(g)[i] for (g, i, _), ok in zip(todo, finite, strict=True) if not ok])
+        keep = [k for k, ok in enumerate(finite) if ok]
+        items = [self.item(*todo[k][:2]) for k in keep]
+        foreach = self.foreach if self.foreach is not None else all(grad.is_cuda for grad in grads)
+        step_items(items, [grads[k] for k in keep], [peaks[k] == 0 for k in keep], foreach=foreach)
+
+    def item(self, g: int, i: int) -> Item:
+        """Return weight i of group g with its options and state, ready to be stepped."""
+        group = self.param_groups[g]
+        weight = group["params"][i]
+        return Item(
+            weight=weight,
+            state=self.state[weight],
+            blocks=self._plan(g)[i],
+            config=self._config(g),
+            hp=_hyper(group),
+            name=self._names(g)[i],
+            group=g,
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: torch's own dict
         """Load a state; every tensor keeps the dtype it was saved in (torch would cast it to the weight's).
@@ -173,6 +193,26 @@ class LowRankOptimizer(Optimizer):
         finally:
             capture.remove()
         restore_dtypes(self, seen[-1])
+        if self.layerwise is not None:
+            self.layerwise.forget()
+
+    def _config(self, g: int) -> LowRankConfig:
+        """Return the choices of group g; built anew only when one of its plain values has changed."""
+        group = self.param_groups[g]
+        values = tuple(group[name] for name in CONFIG_NAMES)
+        if g not in self._configs or self._configs[g][0] != values:
+            self._configs[g] = values, LowRankConfig.from_group(group)
+        return self._configs[g][1]
+
+    def place(self, weight: Tensor) -> tuple[int, int]:
+        """Return the group of a weight and its index there."""
+        found = self._places.get(id(weight))
+        if found is None or self.param_groups[found[0]]["params"][found[1]] is not weight:
+            groups = enumerate(self.param_groups)
+            self._places = {id(p): (g, i) for g, group in groups for i, p in enumerate(group["params"])}
+        if id(weight) not in self._places:
+            raise KeyError(f"a weight of shape {tuple(weight.shape)} is in no group of this optimizer. Add it first.")
+        return self._places[id(weight)]
 
     def _names(self, g: int) -> list[str]:
         group = self.param_groups[g]
@@ -185,7 +225,7 @@ class LowRankOptimizer(Optimizer):
             self._plans[g] = [[Block.from_plain(b) for b in blocks] for blocks in self.param_groups[g]["blocks"]]
         return self._plans[g]
 
-    def _count_skips(self, names: list[str]) -> None:
+    def count_skips(self, names: list[str]) -> None:
         """Count the skipped weights; warn at the first time only."""
         first = not self.nonfinite_skips
         for name in names:
@@ -219,34 +259,16 @@ def _default_blocks(name: str, weight: Tensor, config: LowRankConfig) -> list[di
             "Put it into a group without `rank`."
         )
     rows, cols = weight.shape
+    side = shorter_side(rows, cols, square=config.square_side)
     try:
-        layout = MatrixLayout(rows=rows, cols=cols, rank=config.rank, side=shorter_side(rows, cols))
+        layout = MatrixLayout(rows=rows, cols=cols, rank=config.rank, side=side)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return [Block(layout=layout, residual=config.residual is not None).to_plain()]
-
-
-def _draw_name(name: str, key: str) -> str:
-    """Return the name that seeds a block's draws: a part of a fused weight is named as a separate one would be."""
-    return f"{name.rsplit('.', 2)[0]}.{key}weight" if key else name
+    return [Block(layout=layout, residual=config.residual == "sparse").to_plain()]
 
 
 def _hyper(group: dict[str, Any]) -> Hyper:
     return Hyper(**{f.name: group[f.name] for f in fields(Hyper) if f.name != "lr"}, lr=float(group["lr"]))
-
-
-def _steps_done(state: dict[str, Tensor]) -> int:
-    """Return the steps of a weight so far; the counter lives on the CPU, so reading it asks no device."""
-    if "step" not in state:
-        state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
-    return int(state["step"].item())
-
-
-def _advance(state: dict[str, Tensor]) -> int:
-    """Count one step and return its number."""
-    t = _steps_done(state) + 1
-    state["step"] += 1
-    return t
 
 
 def _largest_entries(grads: list[Tensor]) -> list[float]:

@@ -22,17 +22,31 @@ REGISTRY: dict[Kind, dict[str, str]] = {
     "projector": {
         "svd": "crosslore.projectors.svd:SVD",
         "randomized": "crosslore.projectors.randomized:Randomized",
+        "power": "crosslore.projectors.power:Power",
         "cross_head": "crosslore.projectors.cross_head:CrossHead",
+        "random": "crosslore.projectors.gaussian:RandomOrthonormal",
+        "gaussian": "crosslore.projectors.gaussian:Gaussian",
     },
     "moments": {
         "keep": "crosslore.moments.keep:Keep",
+        "reset": "crosslore.moments.reset:Reset",
+        "rotate": "crosslore.moments.rotate:Rotate",
+        "rotate_first": "crosslore.moments.rotate:RotateFirst",
     },
     "residual": {
         "sparse": "crosslore.residuals.sparse:SparseResidual",
+        "norm_scaled": "crosslore.residuals.norm_scaled:NormScaled",
+        "scaled_gradient": "crosslore.residuals.norm_scaled:ScaledGradient",
+        "error_feedback": "crosslore.residuals.error_feedback:ErrorFeedback",
+        "flora": "crosslore.residuals.flora:Flora",
     },
     "rule": {
         "adamw": "crosslore.rules.adamw:AdamW",
         "adamw8bit": "crosslore.rules.adamw8bit:AdamW8bit",
+        "paged_adamw8bit": "crosslore.rules.adamw8bit:PagedAdamW8bit",
+        "adafactor": "crosslore.rules.adafactor:Adafactor",
+        "adagrad": "crosslore.rules.adagrad:Adagrad",
+        "sgd": "crosslore.rules.sgd:SGD",
     },
 }
 
@@ -72,8 +86,8 @@ def build_moments(config: "LowRankConfig") -> "MomentPolicy":
 
 
 def build_residual(config: "LowRankConfig") -> "Residual | None":
-    """Return the residual, or None when it is off (`residual=None` or `residual_ratio=0`)."""
-    if config.residual is None or config.residual_ratio == 0:
+    """Return the residual, or None when it is off (`residual=None`, or "sparse" with `residual_ratio=0`)."""
+    if config.residual is None or (config.residual == "sparse" and config.residual_ratio == 0):
         return None
     residual: Residual = load("residual", config.residual).from_config(config)  # type: ignore[attr-defined]
     return residual

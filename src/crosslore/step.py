@@ -3,40 +3,86 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from crosslore.config import Hyper, LowRankConfig
-from crosslore.layout import MatrixLayout
+from crosslore.fitting import refresh_
+from crosslore.kernels.rounding import stochastic_round
+from crosslore.layout import Block, MatrixLayout
 from crosslore.moments.base import MomentPolicy
 from crosslore.projectors.base import Projector
 from crosslore.projectors.cross_head import CrossHead
+from crosslore.projectors.gaussian import RandomOrthonormal
 from crosslore.refresh import RefreshEvery, draw_generator
 from crosslore.registry import build_moments, build_projector, build_residual, build_rule
 from crosslore.residuals.base import Residual, StepContext
-from crosslore.rules.base import Rule
+from crosslore.rules.base import Rule, state_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """The five choices in which the methods of this family differ."""
+    """The five choices in which the methods of this family differ, and the details of fitting."""
 
     projector: Projector
     refresh: RefreshEvery
     moments: MomentPolicy
     rule: Rule
     residual: Residual | None
+    # See LowRankConfig.
+    fit_window: int = 1
+    fit_momentum: float = 0.0
+    random_after: int | None = None
+    fp32_basis: bool = False
+
+    def projector_at(self, t: int) -> Projector:
+        """Return what fits the basis at step t."""
+        late = self.random_after is not None and t > self.random_after
+        return RandomOrthonormal() if late else self.projector
+
+    def basis(
+        self, grad: Tensor, state: dict[str, Tensor], layout: MatrixLayout, hp: Hyper, t: int, *, name: str
+    ) -> Tensor:
+        """Return P_t: the one of the state, or the one that its seed stands for."""
+        if self.projector.stored:
+            return state["basis"]
+        draws = draw_generator(hp.seed, name, self.refresh.number(t), grad.device)
+        basis = self.projector.fit(grad, layout, previous=None, generator=draws)
+        return basis.expand(layout.basis_shape)
+
+    def basis_dtype(self, grad: Tensor) -> torch.dtype:
+        """Return the dtype in which a basis is stored."""
+        return torch.float32 if self.fp32_basis and grad.dtype != torch.float64 else grad.dtype
 
 
-@lru_cache(maxsize=256)
-def build_method(config: LowRankConfig, *, cross_head: bool, residual: bool) -> Method:
-    """Return the parts that `config` names, for a weight with or without cross-head sharing and residual."""
+@lru_cache(maxsize=4096)
+def build_method(config: LowRankConfig, *, cross_head: bool, residual: bool, offset: int = 0) -> Method:
+    """Return the parts that `config` names, for a weight with or without cross-head sharing and residual.
+
+    Args:
+        config: the choices.
+        cross_head: the heads share a basis.
+        residual: the sparse residual is on; other residuals concern every weight.
+        offset: steps by which this weight's refreshes are shifted.
+    """
+    found = build_residual(config) if residual or config.residual != "sparse" else None
+    rule = build_rule(config.rule, eps_placement=config.eps_placement)
     return Method(
         projector=CrossHead.from_config(config) if cross_head else build_projector(config),
-        refresh=RefreshEvery(config.refresh_every),
+        refresh=RefreshEvery(config.refresh_every, config.refresh_phase + offset),
         moments=build_moments(config),
-        rule=build_rule(config.rule, eps_placement=config.eps_placement),
-        residual=build_residual(config) if residual else None,
+        rule=(found.compact_rule if found else None) or rule,
+        residual=found,
+        fit_window=config.fit_window,
+        fit_momentum=config.fit_momentum,
+        random_after=config.random_after,
+        fp32_basis=config.basis_dtype == "float32",
     )
+
+
+def method_of(config: LowRankConfig, block: Block) -> Method:
+    """Return the parts for one block."""
+    return build_method(config, cross_head=block.cross_head, residual=block.residual, offset=block.refresh_offset)
 
 
 def lowrank_step(
@@ -64,21 +110,63 @@ def lowrank_step(
         name: the weight's name, part of the seed of what a refresh draws.
         may_fit: False keeps the old basis at a refresh: a zero gradient says nothing about a basis.
     """
-    if "basis" not in state:
+    ctx = compact_gradient(grad, state, method, layout, hp, t, name=name, may_fit=may_fit)  # lines 2-5
+    update = method.rule.update(ctx.low, state, t, hp)  # Eq. 7; lines 6-7
+    apply_update_(weight, update, method, ctx)  # Eq. 5, 9, 12; lines 8-11
+
+
+def compact_gradient(
+    grad: Tensor,
+    state: dict[str, Tensor],
+    method: Method,
+    layout: MatrixLayout,
+    hp: Hyper,
+    t: int,
+    *,
+    name: str,
+    may_fit: bool = True,
+) -> StepContext:
+    """Return R_t with the basis of step t, which is refitted if it is due; lines 2-5 of Algorithm 1."""
+    if not state:
         state.update(init_state(grad, method, layout))
+    carry: dict[str, Tensor] = {}
+    if method.residual is not None:
+        grad = method.residual.prepare(grad, state, hp, t, carry)
     if method.refresh.due(t) and (may_fit or t == 1):
-        old = state["basis"] if t > 1 else None
-        draws = draw_generator(hp.seed, name, method.refresh.number(t))
-        new = method.projector.fit(grad, layout, previous=old, generator=draws)  # Eq. 2-4
-        new = new.to(grad.dtype)
-        method.moments.on_refresh(state, old, new, layout, t)
-        state["basis"] = new
-    low = method.projector.project(grad, state["basis"], layout)  # R_t = P_t^T G_t; lines 3-5
-    update = method.rule.update(low, state, t, hp)  # Eq. 7; lines 6-7
-    alpha = hp.update_factor
-    method.projector.add_back_(weight, update, state["basis"], layout, alpha=alpha, beta=hp.weight_factor)  # line 11
-    if method.residual is not None:  # Eq. 5, 9, 12: Algorithm 2; lines 8-9
-        method.residual.apply_(weight, StepContext(grad, low, update, state, layout, method.rule, hp, t), alpha=alpha)
+        refresh_(grad, state, method, layout, hp, t, name=name, carry=carry)
+    basis = method.basis(grad, state, layout, hp, t, name=name)
+    low = method.projector.project(grad, basis, layout)  # R_t = P_t^T G_t
+    ctx = StepContext(grad, low, basis, state, layout, method.rule, hp, t, name, carry=carry)
+    collect_sketch_(ctx, grad, low, method, name=name)
+    return ctx
+
+
+def collect_sketch_(ctx: StepContext, grad: Tensor, low: Tensor, method: Method, *, name: str) -> None:
+    """Add this step to the sketch if the next refresh is within the window."""
+    if method.fit_window > 1 and method.refresh.soon(ctx.t, method.fit_window):
+        draws = draw_generator(ctx.hp.seed, f"{name}|window", ctx.t)
+        method.projector.sketch_(ctx.state["sketch"], grad, low, ctx.layout, generator=draws)
+
+
+def apply_update_(weight: Tensor, update: Tensor, method: Method, ctx: StepContext) -> None:
+    """Apply N_t and the residual to the weight, in place; lines 8-11 of Algorithm 1."""
+    hp, residual = ctx.hp, method.residual
+    draws = rounding_draws(weight, hp, ctx.name, ctx.t)
+    target = weight if draws is None else weight.float()  # then one rounding at the end
+    if residual is None or not residual.replaces_update:
+        add_back = method.projector.add_back_
+        add_back(target, update, ctx.basis, ctx.layout, alpha=hp.update_factor, beta=hp.weight_factor)  # line 11
+    if residual is not None:  # Eq. 5, 9, 12: Algorithm 2; lines 8-9
+        residual.apply_(target, update, ctx)
+    if draws is not None:
+        weight.copy_(stochastic_round(target, weight.dtype, generator=draws))
+
+
+def rounding_draws(weight: Tensor, hp: Hyper, name: str, t: int) -> torch.Generator | None:
+    """Return the generator of a step's random rounding, on the weight's device; None if it is off."""
+    if not hp.stochastic_rounding or weight.dtype != torch.bfloat16:
+        return None
+    return draw_generator(hp.seed, f"{name}|rounding", t, weight.device)
 
 
 def init_state(grad: Tensor, method: Method, layout: MatrixLayout) -> dict[str, Tensor]:
@@ -86,15 +174,19 @@ def init_state(grad: Tensor, method: Method, layout: MatrixLayout) -> dict[str, 
 
     Distributed checkpoints are loaded into a state that one step with zero gradients has allocated.
     """
-    rows, cols, rank = layout.rows, layout.cols, layout.rank
-    low = grad.new_empty((rank, cols) if layout.side == "left" else (rows, rank))
-    state = {"basis": grad.new_zeros(layout.basis_shape), **method.rule.init(low)}
+    state: dict[str, Tensor] = {}
+    if method.projector.stored:
+        state["basis"] = grad.new_zeros(layout.basis_shape, dtype=method.basis_dtype(grad))
+    if method.fit_window > 1:
+        state["sketch"] = grad.new_zeros(layout.basis_shape, dtype=state_dtype(grad))
+    state |= method.rule.init(grad.new_empty(layout.low_shape))
     return state | (method.residual.init(grad, layout) if method.residual else {})
 
 
-def fullrank_step(weight: Tensor, grad: Tensor, state: dict[str, Tensor], rule: Rule, hp: Hyper, t: int) -> None:
+def fullrank_step(
+    weight: Tensor, grad: Tensor, state: dict[str, Tensor], rule: Rule, hp: Hyper, t: int, *, name: str = ""
+) -> None:
     """Do one step of the same rule for a weight without a basis (embedding, norm, bias), in place."""
-    if "exp_avg" not in state:
+    if state.keys() <= {"step"}:
         state.update(rule.init(grad))
-    update = rule.update(grad, state, t, hp)  # Eq. 6, 10
-    weight.copy_(update.mul_(hp.update_factor).add_(weight, alpha=hp.weight_factor))  # one rounding to its dtype
+    rule.step_weight_(weight, grad, state, t, hp, draws=rounding_draws(weight, hp, name, t))  # Eq. 6, 10

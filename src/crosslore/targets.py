@@ -1,6 +1,8 @@
 """Which modules of a model are trained in low rank."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -33,15 +35,50 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
-def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return every linear layer with its name, a shared weight once, under its first name."""
-    found: dict[str, nn.Linear] = {}
+@dataclass(frozen=True)
+class Matrix:
+    """A weight that can be trained as one or more matrices."""
+
+    weight: Tensor
+    # "linear": (out, in). "transposed": (in, out). "stacked": (experts, out, in). "conv": (out, in, kernel ...).
+    kind: Literal["linear", "transposed", "stacked", "conv"] = "linear"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix, of each one if they are stacked."""
+        if self.kind == "conv":
+            return self.weight.shape[0], self.weight[0].numel()
+        rows, cols = self.weight.shape[-2:]
+        return (cols, rows) if self.kind == "transposed" else (rows, cols)
+
+
+def matrices(model: nn.Module) -> dict[str, Matrix]:
+    """Return every weight that is a matrix in some form, by the name of its module; a shared one once.
+
+    Stacked experts, parameters of three dimensions in a module called "experts", go by their own name.
+    """
+    found: dict[str, Matrix] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            found[plain_name(name)] = module
+        for matrix_name, matrix in _matrices_of(name, module):
+            if id(matrix.weight) not in seen:
+                seen.add(id(matrix.weight))
+                found[plain_name(matrix_name)] = matrix
     return found
+
+
+def _matrices_of(name: str, module: nn.Module) -> list[tuple[str, Matrix]]:
+    """Return the matrices that one module holds itself."""
+    if isinstance(module, nn.Linear):
+        return [(name, Matrix(module.weight))]
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' own, of GPT-2
+        return [(name, Matrix(module.weight, "transposed"))]  # type: ignore[arg-type]
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return [(name, Matrix(module.weight, "conv"))]
+    if "experts" in name.split("."):
+        own = module.named_parameters(recurse=False)
+        return [(f"{name}.{key}", Matrix(p, "stacked")) for key, p in own if p.dim() == 3]
+    return []
 
 
 def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -59,38 +96,35 @@ def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def select_targets(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str, nn.Linear]:
-    """Return the linear layers that are trained in low rank, frozen ones left out.
+def select_targets(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str, Matrix]:
+    """Return the matrices that are trained in low rank, frozen ones left out.
 
     Args:
         model: any module.
-        targets: "all-linear" (every linear layer but heads, routers and what is tied to an embedding) or names.
+        targets: "all-linear" (every linear layer and stacked expert but heads, routers and what is tied to an
+            embedding; convolutions only by name) or names.
 
     Raises:
         ValueError: if nothing matches; lists what exists.
     """
-    linears = linear_modules(model)
+    found = matrices(model)
     if targets == ALL_LINEAR:
         ends = {id(weight) for weight in embedding_weights(model).values()}
         chosen = {
-            name: module
-            for name, module in linears.items()
-            if id(module.weight) not in ends and HEAD_PARTS.isdisjoint(name.split("."))
+            name: matrix
+            for name, matrix in found.items()
+            if id(matrix.weight) not in ends and matrix.kind != "conv" and HEAD_PARTS.isdisjoint(name.split("."))
         }
     else:
         for pattern in targets:
-            require_match(pattern, linears, option="targets")
-        chosen = {name: module for name, module in linears.items() if matches(name, targets)}
-    trained = {name: module for name, module in chosen.items() if module.weight.requires_grad}
+            require_match(pattern, found, option="targets")
+        chosen = {name: matrix for name, matrix in found.items() if matches(name, targets)}
+    trained = {name: matrix for name, matrix in chosen.items() if matrix.weight.requires_grad}
     if not trained:
-        why = (
-            "all of them are frozen"
-            if chosen
-            else "the model has no nn.Linear besides its heads (others, such as Conv1D, are no targets)"
-        )
+        why = "all of them are frozen" if chosen else "the model has no linear layer besides its heads"
         raise ValueError(
             f"targets={targets!r} selects no linear layer to train: {why}. "
-            f"Linear layers of the model: {existing(linears)}."
+            f"Linear layers of the model: {existing(found)}."
         )
     return trained
 

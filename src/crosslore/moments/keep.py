@@ -4,14 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from crosslore.layout import MatrixLayout
+from crosslore.moments.base import Refresh
 
 
 @dataclass(frozen=True)
 class Keep:
     """Leaves the moments alone: they then refer to the old basis, which the papers accept."""
 
-    def on_refresh(
-        self, state: dict[str, Tensor], old: Tensor | None, new: Tensor, layout: MatrixLayout, t: int
-    ) -> None:
+    def on_refresh(self, state: dict[str, Tensor], refresh: Refresh) -> None:
         """Do nothing."""

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ class Projector(ABC):
     A subclass writes `fit` alone. Its dataclass fields are its options and carry the names of
     `LowRankConfig` fields.
     """
+
+    # Whether the basis is kept in the state; if not, `fit` must depend on the generator alone.
+    stored: ClassVar[bool] = True
+    # Whether its columns are orthonormal.
+    orthonormal: ClassVar[bool] = True
+    # Whether it looks at the gradient at all.
+    fitted: ClassVar[bool] = True
 
     @classmethod
     def from_config(cls, config: "LowRankConfig") -> Self:
@@ -40,10 +47,30 @@ class Projector(ABC):
             fp32 tensor (fp64 for fp64 gradients) on the device of `grad`.
         """
 
+    def sketch_(
+        self, sketch: Tensor, grad: Tensor, low: Tensor, layout: MatrixLayout, *, generator: torch.Generator
+    ) -> None:
+        """Add one step's share to the sketch that a window of steps collects: G^T (G P), on the left G (G^T P).
+
+        The sum over steps is one power iteration, from the basis in use, on the sum of G^T G.
+
+        Args:
+            sketch: shape of the basis, fp32 or fp64; changed in place.
+            grad: G_t.
+            low: R_t, which holds the inner product already.
+            layout: shape and side.
+            generator: CPU generator for whatever is drawn.
+        """
+        if grad.dtype == torch.float16:
+            grad = grad.float()
+        product = grad.mT @ low.to(grad.dtype) if layout.side == "right" else grad @ low.to(grad.dtype).mT
+        sketch.add_(product)
+
     def project(self, grad: Tensor, basis: Tensor, layout: MatrixLayout) -> Tensor:
         """Return the compact gradient R: P^T G (r, cols) on the left, G P (rows, r) on the right; Eq. 7."""
         if grad.dtype == torch.float16:  # products of finite fp16 entries overflow
             grad, basis = grad.float(), basis.float()
+        basis = basis.to(grad.dtype)
         return basis.mT @ grad if layout.side == "left" else grad @ basis
 
     def project_back(self, low: Tensor, basis: Tensor, layout: MatrixLayout) -> Tensor:
@@ -68,7 +95,7 @@ class Projector(ABC):
             beta: factor on the weight, 1 - lr * weight_decay.
         """
         a, b = layout.factors(low.to(weight.dtype), basis.to(weight.dtype))
-        weight.addmm_(a, b.mT, alpha=alpha, beta=beta)
+        layout.add_product_(weight, a, b, alpha=alpha, beta=beta)
 
 
 def as_float(grad: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor
@@ -24,15 +24,17 @@ class CrossHead(Projector):
     Under grouped-query attention the key has `num_key_value_heads` heads.
     """
 
-    # What fits the basis to the drawn rows.
+    # What fits the basis to the chosen rows.
     inner: Projector = field(default_factory=Randomized)
+    # Heads at random (paper), or those with the largest gradient.
+    head_choice: Literal["random", "energy"] = "random"
 
     @classmethod
     def from_config(cls, config: "LowRankConfig") -> Self:
         """Return cross-head sharing around the projector that `config` names."""
         from crosslore.registry import build_projector
 
-        return cls(inner=build_projector(config))
+        return cls(inner=build_projector(config), head_choice=config.head_choice)
 
     def fit(self, grad: Tensor, layout: MatrixLayout, *, previous: Tensor | None, generator: torch.Generator) -> Tensor:
         """Return P_i of Eq. 3, (cols, r): heads are blocks of rows, and what they share is the input side.
@@ -42,9 +44,35 @@ class CrossHead(Projector):
         """
         if layout.side != "right":
             raise ValueError(f"cross-head sharing needs side 'right', got {layout.side!r}. Let `layout` decide it.")
-        rows = torch.cat([grad[h * layout.head_width : (h + 1) * layout.head_width] for h in drawn(layout, generator)])
+        rows = self.chosen_rows(grad, layout, generator)
         part = replace(layout, rows=rows.shape[0], heads=1)
         return self.inner.fit(rows, part, previous=previous, generator=generator)
+
+    def sketch_(
+        self, sketch: Tensor, grad: Tensor, low: Tensor, layout: MatrixLayout, *, generator: torch.Generator
+    ) -> None:
+        """Add the share of this step's heads; others are drawn at each step of the window."""
+        heads = self.chosen(grad, layout, generator)
+        rows, low_rows = (taken(matrix, heads, layout).to(grad.dtype) for matrix in (grad, low))
+        sketch.add_(rows.mT @ low_rows)
+
+    def chosen(self, grad: Tensor, layout: MatrixLayout, generator: torch.Generator) -> Tensor:
+        """Return the ceil(r / d_k) heads that are looked at, on the device of the gradient."""
+        if self.head_choice == "random":
+            return torch.tensor(drawn(layout, generator), device=grad.device)
+        energy = torch.linalg.vector_norm(grad.unflatten(0, (layout.heads, -1)), dim=(1, 2), dtype=torch.float32)
+        heads: Tensor = energy.topk(math.ceil(layout.rank / layout.head_width)).indices
+        return heads
+
+    def chosen_rows(self, grad: Tensor, layout: MatrixLayout, generator: torch.Generator) -> Tensor:
+        """Return the rows of the chosen heads."""
+        return taken(grad, self.chosen(grad, layout, generator), layout)
+
+
+def taken(matrix: Tensor, heads: Tensor, layout: MatrixLayout) -> Tensor:
+    """Return the rows of these heads, (number of heads * d_k, cols of `matrix`)."""
+    rows: Tensor = matrix.unflatten(0, (layout.heads, layout.head_width)).index_select(0, heads).flatten(0, 1)
+    return rows
 
 
 def drawn(layout: MatrixLayout, generator: torch.Generator) -> list[int]:

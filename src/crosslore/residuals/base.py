@@ -1,7 +1,8 @@
 """What a residual sees and does."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor
 
@@ -9,30 +10,65 @@ from crosslore.config import Hyper
 from crosslore.layout import MatrixLayout
 from crosslore.rules.base import Rule
 
+if TYPE_CHECKING:
+    from crosslore.config import LowRankConfig
 
-@dataclass(frozen=True)
+
+@dataclass
 class StepContext:
-    """What one step of one weight has at hand once its low-rank part is done."""
+    """What one step of one weight has at hand."""
 
-    # G_t, (rows, cols).
-    grad: Tensor
-    # R_t and N_t, compact.
+    # G_t, (rows, cols), as `Residual.prepare` returned it; None when only compact parts of it were kept.
+    grad: Tensor | None
+    # R_t, compact.
     low: Tensor
-    update: Tensor
-    # The weight's state: basis and moments are those of step t.
+    # P_t, in the dtype of the gradient.
+    basis: Tensor
+    # The weight's state: its moments are those of step t once the rule has run.
     state: dict[str, Tensor]
     layout: MatrixLayout
     rule: Rule
     hp: Hyper
     # Step, counted from 1.
     t: int
+    # The weight's name, part of the seeds of draws.
+    name: str = ""
+    # Entries of G_t at the kept positions; None: take them from `grad`.
+    kept: Tensor | None = None
+    # What a residual carries from the start of the step to its end.
+    carry: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Residual(Protocol):
-    """Repairs what the projection leaves out."""
+@dataclass(frozen=True)
+class Residual(ABC):
+    """Repairs what the projection leaves out. Dataclass fields are options, named as in `LowRankConfig`."""
+
+    # Whether `apply_` applies the projected update too.
+    replaces_update: ClassVar[bool] = False
+    # Whether it needs the sum of all gradients of a step, so that compact parts of each are not enough.
+    needs_whole_gradient: ClassVar[bool] = True
+    # What takes the place of the configured rule on compact gradients, if anything.
+    compact_rule: ClassVar[Rule | None] = None
+
+    @classmethod
+    def from_config(cls, config: "LowRankConfig") -> Self:
+        """Return the residual that `config` describes."""
+        return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
 
     def init(self, grad: Tensor, layout: MatrixLayout) -> dict[str, Tensor]:
         """Return the fresh state for a gradient of this layout."""
+        return {}
 
-    def apply_(self, weight: Tensor, ctx: StepContext, *, alpha: float) -> None:
-        """Add alpha times the residual update to `weight`; may keep state in `ctx.state`."""
+    def prepare(self, grad: Tensor, state: dict[str, Tensor], hp: Hyper, t: int, carry: dict[str, Tensor]) -> Tensor:
+        """Return what takes the place of G_t in this step; may put something into `carry`."""
+        return grad
+
+    def on_refresh(
+        self, state: dict[str, Tensor], rule: Rule, old: Tensor, hp: Hyper, carry: dict[str, Tensor]
+    ) -> None:
+        """Look at the old basis and its moments before they change; may put something into `carry`."""
+        return
+
+    @abstractmethod
+    def apply_(self, weight: Tensor, update: Tensor, ctx: StepContext) -> None:
+        """Add the residual update to `weight`; `update` is N_t, compact. May keep state in `ctx.state`."""

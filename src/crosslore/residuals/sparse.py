@@ -1,26 +1,26 @@
 """The sparsely coded residual: Eq. 5, 8, 9, 12 and Algorithm 2, on the kept positions only."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from crosslore.kernels.reference import sampled_product
+from crosslore.kernels.dispatch import sampled_product
 from crosslore.layout import MatrixLayout
-from crosslore.residuals.base import StepContext
-from crosslore.rules.adamw import adamw_update_, state_dtype
-
-if TYPE_CHECKING:
-    from crosslore.config import LowRankConfig
+from crosslore.residuals.base import Residual, StepContext
+from crosslore.rules.base import state_dtype
 
 # `paper`: Eq. 12's radicand P V' + dV is negative for about half of the entries. It is floored at this share of
 # the mean guarded radicand, so that |delta| stays within about 10 times a typical Adam update. Our choice.
 PAPER_FLOOR = 0.01
+# Entries of a full matrix that are alive at once while positions are chosen; 4 MiB in fp32.
+PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
-class SparseResidual:
+class SparseResidual(Residual):
     """Residual moments at the positions L that are chosen once, at the end of the warm-up.
 
     During the first k steps nothing is added. At the end of step k (of step 1 if k = 0) the positions are
@@ -29,21 +29,18 @@ class SparseResidual:
     for rule "exact" the moments of the gradient itself. While `residual_select` is "residual" and the warm-up
     runs, `res_avg_sq` is (rows, cols) and accumulates dG * dG.
 
-    Differs from the paper: `residual_rule` "guarded" and "exact"; see `_radicand` and `_exact`.
+    Differs from the paper: `residual_rule` "guarded" and "exact"; see `_radicand` and `_delta`.
     """
 
-    residual_ratio: float
-    warmup_steps: int
-    residual_rule: str = "guarded"
-    residual_select: str = "moment"
+    needs_whole_gradient: ClassVar[bool] = False
 
-    @classmethod
-    def from_config(cls, config: "LowRankConfig") -> Self:
-        """Return the residual that `config` describes."""
-        return cls(config.residual_ratio, config.warmup_steps, config.residual_rule, config.residual_select)
+    residual_ratio: float = 0.012
+    warmup_steps: int = 100
+    residual_rule: Literal["guarded", "paper", "exact"] = "guarded"
+    residual_select: Literal["moment", "residual"] = "moment"
 
-    def apply_(self, weight: Tensor, ctx: StepContext, *, alpha: float) -> None:
-        """Add alpha * delta_t at the kept positions (Algorithm 1, lines 9-12).
+    def apply_(self, weight: Tensor, update: Tensor, ctx: StepContext) -> None:
+        """Add -lr * scale * delta_t at the kept positions (Algorithm 1, lines 9-12).
 
         Raises:
             ValueError: if the rule has no moments.
@@ -51,10 +48,10 @@ class SparseResidual:
         if ctx.t <= max(1, self.warmup_steps):
             self._warm_up(ctx)
         if ctx.t > self.warmup_steps:
-            rows, cols = _positions(ctx)
-            delta = self._delta(ctx, rows, cols)
+            rows, cols = kept_positions(ctx.state, ctx.layout)
+            delta = self._delta(update, ctx, rows, cols).mul_(ctx.hp.update_factor)
             # The positions are distinct, so reading, adding and writing back is exact and deterministic.
-            changed = weight[rows, cols].to(delta.dtype).add_(delta, alpha=alpha)
+            changed = delta.add_(weight[rows, cols])
             weight.index_put_((rows, cols), changed.to(weight.dtype))
 
     def init(self, grad: Tensor, layout: MatrixLayout) -> dict[str, Tensor]:
@@ -67,87 +64,123 @@ class SparseResidual:
         """Return the number of kept positions: the ratio of all entries, at least one."""
         return max(1, round(self.residual_ratio * layout.rows * layout.cols))
 
+    def active(self, t: int) -> bool:
+        """Return whether step t adds a residual, so that the gradient at the kept positions is needed."""
+        return t > self.warmup_steps
+
+    def collect_(
+        self, grad: Tensor, low: Tensor, basis: Tensor, state: dict[str, Tensor], layout: MatrixLayout
+    ) -> None:
+        """Add dG * dG of one gradient to what the choice "residual" ranks (Eq. 5); a few rows at a time."""
+        if state["res_avg_sq"].dim() == 1:  # the first step
+            state["res_avg_sq"] = state["res_avg"].new_zeros(layout.rows, layout.cols)
+        importance = state["res_avg_sq"]
+        for rows, back in _dense(low, basis, layout, importance.dtype):
+            importance[rows].addcmul_(gap := back.sub_(grad[rows]), gap)
+
     def _warm_up(self, ctx: StepContext) -> None:
         """Collect what the choice needs; at the end of the warm-up record the positions (section 4.2.2)."""
-        if self.residual_select == "residual":
-            gap = _dense(ctx, ctx.low).sub_(ctx.grad)  # Eq. 5, up to its sign
-            if ctx.t == 1:
-                ctx.state["res_avg_sq"] = torch.zeros_like(gap)
-            ctx.state["res_avg_sq"].addcmul_(gap, gap)
-            del gap
+        if self.residual_select == "residual" and ctx.grad is not None:
+            self.collect_(ctx.grad, ctx.low, ctx.basis, ctx.state, ctx.layout)
         if ctx.t < max(1, self.warmup_steps):
             return
+        kept = self.kept(ctx.layout)
         if self.residual_select == "residual":
-            importance = ctx.state["res_avg_sq"]
+            pieces = iter(ctx.state["res_avg_sq"].split(_rows_at_once(ctx.layout)))
         else:
             first = ctx.rule.first_moment(ctx.state)
-            if first is None:
-                raise ValueError("the residual needs a rule with moments. Use rule='adamw' or residual=None.")
-            importance = _dense(ctx, first).abs_()  # |P_t M'_t|
-        index = importance.view(-1).topk(self.kept(ctx.layout), sorted=False).indices.sort().values
+            low = ctx.low if first is None else first  # AdaGrad and Adafactor have no M'
+            wide = ctx.state["res_avg"].dtype
+            pieces = (back.abs_() for _, back in _dense(low, ctx.basis, ctx.layout, wide))  # |P_t M'_t|
+        index = largest_positions(pieces, kept)
         ctx.state["res_index"] = index.to(torch.int32)
         ctx.state["res_avg_sq"] = torch.zeros_like(ctx.state["res_avg"])
 
-    def _delta(self, ctx: StepContext, rows: Tensor, cols: Tensor) -> Tensor:
-        """Return delta_t at the kept positions, (kept,); Algorithm 2."""
+    def _delta(self, update: Tensor, ctx: StepContext, rows: Tensor, cols: Tensor) -> Tensor:
+        """Return delta_t at the kept positions, (kept,), a new tensor; Algorithm 2."""
         exp_avg, exp_avg_sq = ctx.state["res_avg"], ctx.state["res_avg_sq"]
-        beta1, beta2 = ctx.hp.betas
-        grad = ctx.grad[rows, cols].to(exp_avg.dtype)
+        rule, hp, t = ctx.rule, ctx.hp, ctx.t
+        grad = kept_gradient(ctx, rows, cols)
         if self.residual_rule == "exact":
-            return self._exact(ctx, grad, rows, cols)
+            # The first line of Eq. 12 with nothing approximated: the rule's own update minus P N. The moments are
+            # those of the gradient at the kept positions and start after the warm-up: bias correction from there.
+            age = t - self.warmup_steps
+            rule.accumulate_(exp_avg, exp_avg_sq, grad, grad * grad, t=age, hp=hp)  # Eq. 6
+            full = rule.direction(exp_avg, exp_avg_sq, t=age, hp=hp)  # Eq. 10
+            return full.sub_(_sampled(ctx, update, rows, cols))  # Eq. 12, first line
         projected = _sampled(ctx, ctx.low, rows, cols)  # line 2: G_hat = P P^T G
         gap = grad - projected  # line 3
-        exp_avg.mul_(beta1).add_(gap, alpha=1 - beta1)  # line 4
-        if self.residual_rule == "paper":
-            exp_avg_sq.mul_(beta2).addcmul_(projected, gap, value=2 * (1 - beta2))  # line 5
-        else:
-            exp_avg_sq.mul_(beta2).addcmul_(gap, gap, value=1 - beta2)
-        radicand = self._radicand(ctx, rows, cols).div_(1 - beta2**ctx.t)
-        return exp_avg.div(1 - beta1**ctx.t).div_(radicand.sqrt_().add_(ctx.hp.eps))  # lines 6-8
+        square = 2 * projected * gap if self.residual_rule == "paper" else gap * gap
+        rule.accumulate_(exp_avg, exp_avg_sq, gap, square, t=t, hp=hp)  # lines 4-5
+        return rule.direction(exp_avg, self._radicand(ctx, rows, cols), t=t, hp=hp)  # lines 6-8
 
     def _radicand(self, ctx: StepContext, rows: Tensor, cols: Tensor) -> Tensor:
         """Return the uncorrected radicand of line 8.
 
         guarded: (P * P) V' + dV with dV the moving average of dG * dG. Never negative. <G_hat, dG> = 0, since
         P P^T is an orthogonal projection: the cross term that Eq. 9 keeps averages to zero, the dG * dG that it
-        drops does not. paper: P V' + dV as printed, floored (see PAPER_FLOOR).
+        drops does not. paper: P V' + dV as printed, floored (see PAPER_FLOOR). A rule without V' divides by nothing.
         """
         second = ctx.rule.second_moment(ctx.state)
         if second is None:
-            raise ValueError("the residual needs a rule with moments. Use rule='adamw' or residual=None.")
-        basis = ctx.state["basis"].to(second.dtype)
+            return ctx.state["res_avg_sq"]
+        basis = ctx.basis.to(second.dtype)
         guarded = sampled_product(*ctx.layout.factors(second, basis * basis), rows, cols)
         if self.residual_rule == "guarded":
             return guarded.add_(ctx.state["res_avg_sq"])
         printed = sampled_product(*ctx.layout.factors(second, basis), rows, cols).add_(ctx.state["res_avg_sq"])
         return torch.maximum(printed, guarded.mean() * PAPER_FLOOR)
 
-    def _exact(self, ctx: StepContext, grad: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        """Return the first line of Eq. 12 with nothing approximated: Adam's own update minus P N.
 
-        The moments are those of the gradient at the kept positions. They start after the warm-up, so their bias
-        correction counts from there.
-        """
-        kept = ctx.state["res_avg"], ctx.state["res_avg_sq"]
-        age, placement = ctx.t - self.warmup_steps, ctx.rule.eps_placement
-        full = adamw_update_(grad, *kept, t=age, hp=ctx.hp, eps_placement=placement)  # Eq. 6, 10
-        return full.sub_(_sampled(ctx, ctx.update, rows, cols))  # Eq. 12, first line
+def kept_gradient(ctx: StepContext, rows: Tensor, cols: Tensor) -> Tensor:
+    """Return G_t at the kept positions, fp32 or fp64."""
+    if ctx.kept is not None:
+        return ctx.kept
+    assert ctx.grad is not None
+    return ctx.grad[rows, cols].to(ctx.state["res_avg"].dtype)
 
 
-def _positions(ctx: StepContext) -> tuple[Tensor, Tensor]:
-    flat = ctx.state["res_index"].long()
-    rows = torch.div(flat, ctx.layout.cols, rounding_mode="floor")
-    return rows, flat - rows * ctx.layout.cols
+def kept_positions(state: dict[str, Tensor], layout: MatrixLayout) -> tuple[Tensor, Tensor]:
+    """Return rows and columns of the kept positions, int64."""
+    flat = state["res_index"].long()
+    rows = torch.div(flat, layout.cols, rounding_mode="floor")
+    return rows, flat - rows * layout.cols
+
+
+def largest_positions(pieces: Iterable[Tensor], count: int) -> Tensor:
+    """Return the flat positions of the `count` largest entries of a matrix that comes in groups of rows; ascending.
+
+    `topk` of a whole matrix would need several times its memory.
+    """
+    best: tuple[Tensor, Tensor] | None = None
+    offset = 0
+    for piece in pieces:
+        flat = piece.reshape(-1)
+        values, index = flat.topk(min(count, flat.numel()), sorted=False)
+        index = index + offset
+        if best is not None:
+            values, index = torch.cat([best[0], values]), torch.cat([best[1], index])
+            values, chosen = values.topk(min(count, values.numel()), sorted=False)
+            index = index[chosen]
+        best = values, index
+        offset += flat.numel()
+    assert best is not None
+    return best[1].sort().values
 
 
 def _sampled(ctx: StepContext, low: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """Return (P low) at the kept positions, fp32 or fp64."""
     dtype = ctx.state["res_avg"].dtype
-    return sampled_product(*ctx.layout.factors(low.to(dtype), ctx.state["basis"].to(dtype)), rows, cols)
+    return sampled_product(*ctx.layout.factors(low.to(dtype), ctx.basis.to(dtype)), rows, cols)
 
 
-def _dense(ctx: StepContext, low: Tensor) -> Tensor:
-    """Return P low in full, (rows, cols); only during the warm-up, one weight at a time."""
-    dtype = state_dtype(ctx.grad)
-    a, b = ctx.layout.factors(low.to(dtype), ctx.state["basis"].to(dtype))
-    return a @ b.mT
+def _rows_at_once(layout: MatrixLayout) -> int:
+    return max(1, PIECE // layout.cols)
+
+
+def _dense(low: Tensor, basis: Tensor, layout: MatrixLayout, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield P low, a few rows at a time; only during the warm-up."""
+    a, b = layout.factors(low.to(dtype), basis.to(dtype))
+    for start in range(0, layout.rows, _rows_at_once(layout)):
+        rows = slice(start, start + _rows_at_once(layout))
+        yield rows, a[rows] @ b.mT

@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from crosslore.config import Hyper
-from crosslore.rules.adamw import AdamW, adamw_update_
+from crosslore.kernels import dispatch
+from crosslore.rules.adamw import AdamW
+from crosslore.rules.base import PIECE, Rule, State
 
 # Elements that share one scale; bitsandbytes' block size for optimizer states.
 BLOCK_SIZE = 256
@@ -28,7 +30,7 @@ def _functional() -> Any:  # Any: bitsandbytes ships no types
     return functional
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)  # two for each device
 def _code(signed: bool, device: torch.device) -> Tensor:
     """Return the 256 values that the 8-bit codes stand for (dynamic tree quantisation)."""
     code: Tensor = _functional().create_dynamic_map(signed=signed)
@@ -36,56 +38,133 @@ def _code(signed: bool, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AdamW8bit:
+class AdamW8bit(Rule):
     """Dequantise, one fp32 step of `AdamW`, quantise again; 2 bytes and 1/32 per compact entry.
 
-    State: `exp_avg`, `exp_avg_sq` uint8 and their block scales `exp_avg_scale`, `exp_avg_sq_scale` fp32.
+    On a GPU the three are one Triton kernel where Triton is at hand. State: `exp_avg`, `exp_avg_sq` uint8 and their
+    block scales `exp_avg_scale`, `exp_avg_sq_scale` fp32; tensors of fewer than 4096 entries keep fp32 moments.
     """
 
-    # See AdamW.
-    eps_placement: str = "corrected"
+    # Whether the codes live in memory that the driver moves between GPU and host.
+    paged: ClassVar[bool] = False
 
-    def init(self, low: Tensor) -> dict[str, Tensor]:
+    def init(self, low: Tensor) -> State:
         """Return zero moments; fp32 below 4096 entries."""
         _functional()
-        state = AdamW(self.eps_placement).init(low.float())
-        if low.numel() >= MIN_8BIT_SIZE:
-            for key in ("exp_avg", "exp_avg_sq"):
-                _store(state, key, state[key])
+        if low.numel() < MIN_8BIT_SIZE:
+            return AdamW(self.eps_placement).init(low.float())
+        state: State = {}
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = self._allocate(low)
+            # The code that stands for zero: the middle of the signed map, the start of the unsigned one.
+            state[key].fill_(int(_code(key == "exp_avg", low.device).abs().argmin()))
+            state[f"{key}_scale"] = torch.zeros(-(-low.numel() // BLOCK_SIZE), dtype=torch.float32, device=low.device)
         return state
 
-    def update(self, low: Tensor, state: dict[str, Tensor], t: int, hp: Hyper) -> Tensor:
-        """Return N_t in fp32; the quantised moments change in place."""
-        exp_avg, exp_avg_sq = self._load(state, "exp_avg"), self._load(state, "exp_avg_sq")
-        update = adamw_update_(low.to(exp_avg.dtype), exp_avg, exp_avg_sq, t=t, hp=hp, eps_placement=self.eps_placement)
-        if "exp_avg_scale" in state:
-            _store(state, "exp_avg", exp_avg)
-            _store(state, "exp_avg_sq", exp_avg_sq)
+    def update(self, low: Tensor, state: State, t: int, hp: Hyper) -> Tensor:
+        """Return N_t in fp32; the moments change in place."""
+        adamw = AdamW(self.eps_placement)
+        if "exp_avg_scale" not in state:
+            return adamw.update(low, state, t, hp)
+        if self.paged:
+            self._page(state)
+        if dispatch.use_triton(low):
+            return self._update_fused(low, state, t, hp)
+        first, second = self.load(state)
+        assert first is not None and second is not None
+        update = adamw.update(low, {"exp_avg": first, "exp_avg_sq": second}, t, hp)
+        self.store_(state, first, second)
         return update
 
-    def first_moment(self, state: dict[str, Tensor]) -> Tensor | None:
-        """Return M'_t, dequantised."""
-        return self._load(state, "exp_avg")
-
-    def second_moment(self, state: dict[str, Tensor]) -> Tensor | None:
-        """Return V'_t, dequantised."""
-        return self._load(state, "exp_avg_sq")
-
-    def _load(self, state: dict[str, Tensor], key: str) -> Tensor:
-        if f"{key}_scale" not in state:
-            return state[key]
-        codes = state[key]
-        values: Tensor = _functional().dequantize_blockwise(
-            codes,
-            absmax=state[f"{key}_scale"],
-            code=_code(key == "exp_avg", codes.device),
-            blocksize=BLOCK_SIZE,
+    def load(self, state: State) -> tuple[Tensor | None, Tensor | None]:
+        """Return M'_t and V'_t, dequantised; the state itself where it is fp32."""
+        if "exp_avg_scale" not in state:
+            return super().load(state)
+        first, second = (
+            _functional().dequantize_blockwise(
+                state[key],
+                absmax=state[f"{key}_scale"],
+                code=_code(key == "exp_avg", state[key].device),
+                blocksize=BLOCK_SIZE,
+            )
+            for key in ("exp_avg", "exp_avg_sq")
         )
-        return values
+        return first, second
+
+    def store_(self, state: State, first: Tensor | None, second: Tensor | None) -> None:
+        """Quantise the moments into the state."""
+        if "exp_avg_scale" not in state:
+            return super().store_(state, first, second)
+        for key, values in (("exp_avg", first), ("exp_avg_sq", second)):
+            if values is not None:
+                code = _code(key == "exp_avg", values.device)
+                codes, info = _functional().quantize_blockwise(values.float(), code=code, blocksize=BLOCK_SIZE)
+                state[key].copy_(codes)
+                state[f"{key}_scale"].copy_(info.absmax)
+
+    def accumulate_(self, first: Tensor, second: Tensor, value: Tensor, square: Tensor, *, t: int, hp: Hyper) -> None:
+        """Advance both moving averages (Eq. 7), which the residual keeps in fp32."""
+        AdamW(self.eps_placement).accumulate_(first, second, value, square, t=t, hp=hp)
+
+    def direction(self, first: Tensor, second: Tensor, *, t: int, hp: Hyper) -> Tensor:
+        """Return N_t of these moments, a new tensor."""
+        return AdamW(self.eps_placement).direction(first, second, t=t, hp=hp)
+
+    def bias_factor(self, t: int, hp: Hyper) -> float:
+        """Return AdamW's."""
+        return AdamW(self.eps_placement).bias_factor(t, hp)
+
+    def pieces(self, weight: Tensor, grad: Tensor, state: State) -> list[tuple[Tensor, Tensor, State]]:
+        """Return views that hold whole quantisation blocks."""
+        whole = weight.is_contiguous() and grad.is_contiguous() and not self.paged
+        if "exp_avg_scale" not in state or weight.numel() <= PIECE or not whole:
+            return super().pieces(weight, grad, state)
+        lengths = {"exp_avg": PIECE, "exp_avg_sq": PIECE}
+        lengths |= {f"{key}_scale": PIECE // BLOCK_SIZE for key in ("exp_avg", "exp_avg_sq")}
+        parts = [weight.view(-1).split(PIECE), grad.view(-1).split(PIECE)]
+        parts += [state[key].view(-1).split(length) for key, length in lengths.items()]
+        return [(w, g, dict(zip(lengths, rest, strict=True))) for w, g, *rest in zip(*parts, strict=True)]
+
+    def _allocate(self, low: Tensor) -> Tensor:
+        return torch.empty(low.shape, dtype=torch.uint8, device=low.device)
+
+    def _page(self, state: State) -> None:
+        """Move the codes into paged memory; they are elsewhere after loading a checkpoint."""
+
+    def _update_fused(self, low: Tensor, state: State, t: int, hp: Hyper) -> Tensor:
+        _, eps, _ = AdamW(self.eps_placement).factors(t, hp)
+        return dispatch.adamw8bit_update_(
+            low.contiguous(),
+            state["exp_avg"],
+            state["exp_avg_scale"],
+            state["exp_avg_sq"],
+            state["exp_avg_sq_scale"],
+            code_signed=_code(True, low.device),
+            code_unsigned=_code(False, low.device),
+            t=t,
+            beta1=hp.betas[0],
+            beta2=hp.betas[1],
+            eps=eps,
+        )
 
 
-def _store(state: dict[str, Tensor], key: str, values: Tensor) -> None:
-    codes, info = _functional().quantize_blockwise(
-        values.float(), code=_code(key == "exp_avg", values.device), blocksize=BLOCK_SIZE
-    )
-    state[key], state[f"{key}_scale"] = codes, info.absmax
+@dataclass(frozen=True)
+class PagedAdamW8bit(AdamW8bit):
+    """`AdamW8bit` with its codes in CUDA's managed memory, which moves to the host when the GPU is full.
+
+    On other devices it is `AdamW8bit`.
+    """
+
+    paged: ClassVar[bool] = True
+
+    def _allocate(self, low: Tensor) -> Tensor:
+        if low.device.type != "cuda":
+            return super()._allocate(low)
+        paged: Tensor = _functional().get_paged(*low.shape, dtype=torch.uint8, device=low.device)
+        return paged
+
+    def _page(self, state: State) -> None:
+        for key in ("exp_avg", "exp_avg_sq"):
+            if state[key].device.type == "cuda" and not getattr(state[key], "is_paged", False):
+                codes, state[key] = state[key], self._allocate(state[key])
+                state[key].copy_(codes)

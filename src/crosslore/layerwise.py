@@ -1,0 +1,277 @@
+"""Layerwise: each weight steps inside backward as soon as its gradient is there, and the gradient is freed.
+
+It is the same optimizer: the hooks step its weights with its groups' options, so learning-rate schedulers,
+`state_dict` and resume work as without it. With gradient accumulation each micro-batch leaves its compact gradient
+(and the gradient at the kept positions of the residual) behind, never the gradient itself; a basis that is due is
+fitted to the first micro-batch.
+"""
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from crosslore.checks import check_choice, check_float, check_int
+from crosslore.residuals.sparse import SparseResidual, kept_positions
+from crosslore.step import collect_sketch_, method_of
+from crosslore.stepping import (
+    Item,
+    Pending,
+    advance,
+    begin,
+    finish,
+    full_step,
+    needs_whole_gradient,
+    steps_done,
+    wait,
+)
+
+if TYPE_CHECKING:
+    from crosslore.optimizer import LowRankOptimizer
+
+logger = logging.getLogger(__name__)
+
+Clip = Literal["weight", "stale-global"]
+# Added to a norm before dividing by it, as torch.nn.utils.clip_grad_norm_.
+EPS = 1e-6
+# Key of the first group under which the last step's norm is saved: "stale-global" needs it after a resume.
+NORM_KEY = "last_grad_norm"
+
+
+@dataclass
+class Collected:
+    """What the micro-batches of one step have left of a low-rank weight's gradient."""
+
+    pendings: list[Pending] = field(default_factory=list)
+    # Squared norm of the last gradient.
+    square: float = 0.0
+
+
+class Layerwise:
+    """The hooks of one optimizer, and what they hold between micro-batches. `attach_layerwise` makes one."""
+
+    def __init__(
+        self, optimizer: "LowRankOptimizer", *, accumulation_steps: int, max_grad_norm: float | None, clip: Clip
+    ) -> None:
+        """Register one hook for each trained weight."""
+        self.optimizer = optimizer
+        self.accumulation_steps = accumulation_steps
+        self.max_grad_norm, self.clip = max_grad_norm, clip
+        self._collected: dict[Tensor, Collected] = {}
+        self._counts: dict[Tensor, int] = {}
+        self._squares: list[float] = []
+        self._poisoned: set[Tensor] = set()
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        self._handles = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in weights]
+
+    def detach(self) -> None:
+        """Remove the hooks; the optimizer then steps in `step()` as usual. What was collected is stepped first."""
+        self.finish_step()
+        for handle in self._handles:
+            handle.remove()
+        self.optimizer.layerwise = None
+
+    @torch.no_grad()
+    def _on_gradient(self, weight: Tensor) -> None:
+        """Take one micro-batch's gradient of a weight; step it if it is the last one."""
+        if weight.numel() == 0:
+            return
+        self._collect(weight)
+        self._counts[weight] = self._counts.get(weight, 0) + 1
+        if self._counts[weight] == self.accumulation_steps:
+            self._flush(weight)
+
+    def _collect(self, weight: Tensor) -> None:
+        """Turn the gradient of a low-rank weight into compact parts; one at full rank stays in `.grad`."""
+        grad, item = weight.grad, self.optimizer.item(*self.optimizer.place(weight))
+        assert grad is not None
+        if grad.is_sparse:
+            raise RuntimeError("sparse gradients are not supported. Use nn.Embedding(sparse=False).")
+        norm = float(
+            torch.linalg.vector_norm(grad, dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
+        )
+        if not math.isfinite(norm):
+            self._poisoned.add(weight)
+        if not item.blocks:
+            return
+        weight.grad = None
+        held = self._collected.setdefault(weight, Collected())
+        held.square = norm * norm
+        if weight in self._poisoned or (norm == 0 and (held.pendings or item.due_next())):
+            return
+        if held.pendings:
+            for pending in held.pendings:
+                add_gradient_(pending, grad)
+        else:
+            held.pendings = self._begin(item, grad)
+
+    def _begin(self, item: Item, grad: Tensor) -> list[Pending]:
+        """Return the blocks of the first micro-batch; of several, only the compact parts live on."""
+        whole = any(needs_whole_gradient(method_of(item.config, block)) for block in item.blocks)
+        if whole and self.max_grad_norm is not None:
+            grad.mul_(self._clip_factor(float(torch.linalg.vector_norm(grad, dtype=torch.float32))))
+        t = steps_done(item.state) + 1
+        pendings = list(begin(item, grad, t))
+        if self.accumulation_steps > 1:
+            for pending in pendings:
+                keep_compact_parts(pending)
+        return pendings
+
+    def _flush(self, weight: Tensor) -> None:
+        """Step one weight with what was collected, and forget it."""
+        item = self.optimizer.item(*self.optimizer.place(weight))
+        held, grad = self._collected.pop(weight, None), weight.grad
+        self._counts.pop(weight, None)
+        if weight in self._poisoned:
+            self._poisoned.discard(weight)
+            self.optimizer.count_skips([item.name])
+        elif held is not None and held.pendings:
+            self._flush_compact(item, held)
+        elif held is not None:
+            wait(item, torch.zeros_like(weight))
+        elif grad is not None:
+            norm = float(torch.linalg.vector_norm(grad, dtype=torch.float32))
+            self._squares.append(norm * norm)
+            if self.max_grad_norm is not None:
+                grad.mul_(self._clip_factor(norm))
+            full_step(item, grad)
+        weight.grad = None
+
+    def _flush_compact(self, item: Item, held: Collected) -> None:
+        lows = [pending.ctx.low for pending in held.pendings]
+        compact = sum(float(torch.linalg.vector_norm(low, dtype=torch.float32)) ** 2 for low in lows)
+        self._squares.append(held.square if self.accumulation_steps == 1 else compact)
+        factor = self._clip_factor(math.sqrt(compact)) if self.max_grad_norm is not None else 1.0
+        advance(item.state)
+        for pending in held.pendings:
+            if factor < 1 and not needs_whole_gradient(pending.method):
+                scale_(pending, factor)
+            finish(pending)
+
+    def _clip_factor(self, norm: float) -> float:
+        """Return what a weight's gradient is multiplied by, given its own norm."""
+        assert self.max_grad_norm is not None
+        reference = norm if self.clip == "weight" else self.optimizer.param_groups[0].get(NORM_KEY, 0.0)
+        return min(1.0, self.max_grad_norm / (reference + EPS))
+
+    def finish_step(self) -> None:
+        """Step the weights whose micro-batches are fewer than expected, and close the step's books."""
+        for weight in list(self._counts):
+            self._flush(weight)
+        if self._squares:
+            self.optimizer.param_groups[0][NORM_KEY] = math.sqrt(sum(self._squares))
+            self._squares = []
+
+    def forget(self) -> None:
+        """Drop what was collected, e.g. because another state is loaded."""
+        self._collected, self._counts, self._squares, self._poisoned = {}, {}, [], set()
+
+    def grad_norm(self) -> float:
+        """Return the norm of the gradient of the step in progress or, after it, of the last one; before clipping.
+
+        It is the full gradient's norm without accumulation, else that of its compact parts.
+        """
+        if self._squares:
+            return math.sqrt(sum(self._squares))
+        return float(self.optimizer.param_groups[0].get(NORM_KEY, 0.0))
+
+
+def attach_layerwise(
+    optimizer: "LowRankOptimizer",
+    *,
+    accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+    clip: Clip = "weight",
+) -> Layerwise:
+    """Let the weights of `optimizer` step inside backward; `optimizer.step()` is still called once per step.
+
+    Args:
+        optimizer: its weights get one hook each.
+        accumulation_steps: backward passes per step. A step with fewer is finished by `optimizer.step()`.
+        max_grad_norm: largest norm; None: no clipping.
+        clip: what is compared with it. "weight": each weight's own compact gradient (at full rank: its gradient),
+            which then has at most this norm by itself. "stale-global": the norm of all gradients of the *previous*
+            step, by which all weights are scaled alike; the first step is not clipped.
+
+    Returns:
+        The handle, which is also `optimizer.layerwise`; `detach()` ends it.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, or the method needs the sum of all gradients of a step
+            and `accumulation_steps` is not 1, or several processes train together.
+    """
+    check_int("accumulation_steps", accumulation_steps, low=1, hint="1: a step for each backward pass.")
+    check_choice("clip", clip, ("weight", "stale-global"))
+    if max_grad_norm is not None:
+        check_float("max_grad_norm", max_grad_norm, low=0.0, low_open=True, hint="None switches clipping off.")
+    if optimizer.layerwise is not None:
+        raise ValueError("the optimizer is layerwise already. Call `optimizer.layerwise.detach()` first.")
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise ValueError(
+            f"layerwise steps one process's gradients, got {torch.distributed.get_world_size()} processes. "
+            "Train with full gradients on several GPUs, or on one GPU."
+        )
+    if accumulation_steps > 1:
+        _refuse_whole_gradients(optimizer, accumulation_steps)
+    optimizer.layerwise = Layerwise(
+        optimizer, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, clip=clip
+    )
+    return optimizer.layerwise
+
+
+def _refuse_whole_gradients(optimizer: "LowRankOptimizer", accumulation_steps: int) -> None:
+    for group in optimizer.param_groups:
+        if any(group["blocks"]) and group["residual"] not in (None, "sparse"):
+            raise ValueError(
+                f"accumulation_steps must be 1 for layerwise with residual={group['residual']!r}, got "
+                f"{accumulation_steps}: it needs the sum of all gradients of a step, not their compact parts. "
+                "Use a larger batch, or step with full gradients."
+            )
+
+
+def keep_compact_parts(pending: Pending) -> None:
+    """Replace the gradient by its entries at the kept positions, and collect what the warm-up of a residual needs."""
+    ctx, grad = pending.ctx, pending.ctx.grad
+    assert grad is not None
+    ctx.kept, ctx.grad = compact_parts(pending, grad, ctx.low), None
+
+
+def compact_parts(pending: Pending, grad: Tensor, low: Tensor) -> Tensor | None:
+    """Return the gradient at the kept positions while the residual is active."""
+    residual, ctx = pending.method.residual, pending.ctx
+    if not isinstance(residual, SparseResidual):
+        return None
+    if residual.residual_select == "residual" and ctx.t <= max(1, residual.warmup_steps):
+        residual.collect_(grad, low, ctx.basis, ctx.state, ctx.layout)
+    if not residual.active(ctx.t):
+        return None
+    rows, cols = kept_positions(ctx.state, ctx.layout)
+    return grad[rows, cols].to(ctx.state["res_avg"].dtype)
+
+
+def add_gradient_(pending: Pending, whole: Tensor) -> None:
+    """Add a further micro-batch to the compact parts."""
+    ctx, grad = pending.ctx, pending.block.take(whole)
+    low = pending.method.projector.project(grad, ctx.basis, ctx.layout)
+    ctx.low += low
+    kept = compact_parts(pending, grad, low)
+    if kept is not None and ctx.kept is not None:
+        ctx.kept += kept
+    collect_sketch_(ctx, grad, low, pending.method, name=ctx.name)
+
+
+def scale_(pending: Pending, factor: float) -> None:
+    """Multiply what a step knows of the gradient by a factor."""
+    ctx = pending.ctx
+    ctx.low.mul_(factor)
+    if ctx.kept is not None:
+        ctx.kept.mul_(factor)
+    elif ctx.grad is not None:
+        ctx.grad.mul_(factor)

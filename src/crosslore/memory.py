@@ -1,0 +1,71 @@
+"""How many bytes of state a weight takes, by formula; no tensor is allocated.
+
+| part | bytes of a matrix (m, n), basis side d, compact entries c = r * (m + n - d) |
+|---|---|
+| basis | d * r * bytes of its dtype; none for `gaussian` |
+| sketch (`fit_window` > 1) | 4 * d * r |
+| adamw / adagrad, sgd | 8 c / 4 c |
+| adamw8bit | 2 c + 8 * ceil(c / 256); 8 c below 4096 entries |
+| adafactor | 4 * (rows + columns of the compact matrix) |
+| residual sparse | 12 * round(residual_ratio * m * n) |
+| residual norm_scaled, scaled_gradient | 4 |
+| residual error_feedback | m * n * bytes of the weight's dtype |
+| residual flora | 4 * (m + n) + 4 c, and no rule |
+| step counter | 4, once for each weight |
+
+A weight at full rank has its rule's share with c = its entries.
+"""
+
+import math
+
+import torch
+
+from crosslore.config import LowRankConfig
+from crosslore.layout import Block
+from crosslore.optimizer import LowRankOptimizer
+from crosslore.rules.adamw8bit import BLOCK_SIZE, MIN_8BIT_SIZE
+
+
+def state_bytes(optimizer: LowRankOptimizer) -> int:
+    """Return the bytes that the optimizer's state takes once every weight has stepped and no warm-up collects."""
+    total = 0
+    for g, group in enumerate(optimizer.param_groups):
+        config = LowRankConfig.from_group(group)
+        for i, weight in enumerate(group["params"]):
+            blocks = optimizer.item(g, i).blocks
+            total += 4 + sum(block_bytes(block, config, weight.dtype) for block in blocks)
+            total += 0 if blocks else rule_bytes(config.rule, tuple(weight.shape))
+    return total
+
+
+def block_bytes(block: Block, config: LowRankConfig, dtype: torch.dtype) -> int:
+    """Return the bytes of one low-rank matrix's state, all stacked ones together."""
+    layout = block.layout
+    entries = math.prod(layout.batch) * layout.rows * layout.cols
+    basis = math.prod(layout.basis_shape)
+    total = 0
+    if config.projector != "gaussian":
+        total += basis * (4 if config.basis_dtype == "float32" else dtype.itemsize)
+    if config.fit_window > 1:
+        total += 4 * basis
+    if config.residual != "flora":
+        total += rule_bytes(config.rule, layout.low_shape)
+    if config.residual == "sparse" and block.residual and config.residual_ratio > 0:
+        total += 12 * max(1, round(config.residual_ratio * entries))
+    elif config.residual in ("norm_scaled", "scaled_gradient"):
+        total += 4
+    elif config.residual == "error_feedback":
+        total += entries * dtype.itemsize
+    elif config.residual == "flora":
+        total += 4 * math.prod(layout.batch) * (layout.rows + layout.cols) + 4 * math.prod(layout.low_shape)
+    return total
+
+
+def rule_bytes(rule: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a rule's state for a tensor of this shape; fp32 and 8-bit moments."""
+    entries = math.prod(shape)
+    if rule.endswith("8bit") and entries >= MIN_8BIT_SIZE:
+        return 2 * entries + 8 * math.ceil(entries / BLOCK_SIZE)
+    if rule == "adafactor":
+        return 4 * entries if len(shape) < 2 else 4 * (math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1])
+    return (4 if rule in ("adagrad", "sgd") else 8) * entries

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crosslore.checks import check_choice, check_float, check_int
 from crosslore.residuals.sparse import SparseResidual, kept_positions
+from crosslore.rules.base import state_dtype
 from crosslore.step import collect_sketch_, method_of
 from crosslore.stepping import (
     Item,
@@ -90,9 +91,7 @@ class Layerwise:
         assert grad is not None
         if grad.is_sparse:
             raise RuntimeError("sparse gradients are not supported. Use nn.Embedding(sparse=False).")
-        norm = float(
-            torch.linalg.vector_norm(grad, dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
-        )
+        norm = norm_of(grad)
         if not math.isfinite(norm):
             self._poisoned.add(weight)
         if not item.blocks:
@@ -112,7 +111,7 @@ class Layerwise:
         """Return the blocks of the first micro-batch; of several, only the compact parts live on."""
         whole = any(needs_whole_gradient(method_of(item.config, block)) for block in item.blocks)
         if whole and self.max_grad_norm is not None:
-            grad.mul_(self._clip_factor(float(torch.linalg.vector_norm(grad, dtype=torch.float32))))
+            grad.mul_(self._clip_factor(norm_of(grad)))
         t = steps_done(item.state) + 1
         pendings = list(begin(item, grad, t))
         if self.accumulation_steps > 1:
@@ -133,7 +132,7 @@ class Layerwise:
         elif held is not None:
             wait(item, torch.zeros_like(weight))
         elif grad is not None:
-            norm = float(torch.linalg.vector_norm(grad, dtype=torch.float32))
+            norm = norm_of(grad)
             self._squares.append(norm * norm)
             if self.max_grad_norm is not None:
                 grad.mul_(self._clip_factor(norm))
@@ -142,7 +141,7 @@ class Layerwise:
 
     def _flush_compact(self, item: Item, held: Collected) -> None:
         lows = [pending.ctx.low for pending in held.pendings]
-        compact = sum(float(torch.linalg.vector_norm(low, dtype=torch.float32)) ** 2 for low in lows)
+        compact = sum(norm_of(low) ** 2 for low in lows)
         self._squares.append(held.square if self.accumulation_steps == 1 else compact)
         factor = self._clip_factor(math.sqrt(compact)) if self.max_grad_norm is not None else 1.0
         advance(item.state)
@@ -234,6 +233,11 @@ def _refuse_whole_gradients(optimizer: "LowRankOptimizer", accumulation_steps: i
                 f"{accumulation_steps}: it needs the sum of all gradients of a step, not their compact parts. "
                 "Use a larger batch, or step with full gradients."
             )
+
+
+def norm_of(tensor: Tensor) -> float:
+    """Return the norm, computed in fp32 at least; waits for the device."""
+    return float(torch.linalg.vector_norm(tensor, dtype=state_dtype(tensor)))
 
 
 def keep_compact_parts(pending: Pending) -> None:

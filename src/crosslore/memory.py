@@ -7,7 +7,7 @@
 | adamw / adagrad, sgd | 8 c / 4 c |
 | adamw8bit | 2 c + 8 * ceil(c / 256); 8 c below 4096 entries |
 | adafactor | 4 * (rows + columns of the compact matrix) |
-| residual sparse | 12 * round(residual_ratio * m * n) |
+| residual sparse | 12 * round(residual_ratio * m * n); `residual_select` "residual": and 4 * (m + n) |
 | residual norm_scaled, scaled_gradient | 4 |
 | residual error_feedback | m * n * bytes of the weight's dtype |
 | residual flora | 4 * (m + n) + 4 c, and no rule |
@@ -52,6 +52,7 @@ def block_bytes(block: Block, config: LowRankConfig, dtype: torch.dtype) -> int:
         total += rule_bytes(config.rule, layout.low_shape)
     if config.residual == "sparse" and block.residual and config.residual_ratio > 0:
         total += 12 * max(1, round(config.residual_ratio * entries))
+        total += 4 * (layout.rows + layout.cols) if config.residual_select == "residual" else 0
     elif config.residual in ("norm_scaled", "scaled_gradient"):
         total += 4
     elif config.residual == "error_feedback":

@@ -83,6 +83,11 @@ def reconstructed_update(
     return (P @ M / (1 - b1**t)) / (floor(P @ V / (1 - b2**t)).sqrt() + eps)  # Eq. 11
 
 
+def row_by_column(energy: Tensor) -> Tensor:
+    """Return the outer product of the row and the column sums: ours, what ranks positions for "residual"."""
+    return torch.outer(energy.sum(1), energy.sum(0))
+
+
 def select_positions(P: Tensor, M: Tensor, ratio: float) -> Tensor:
     """Return L as a boolean (m, n): the top share `ratio` of |P M'|."""
     return top_share((P @ M).abs(), ratio)  # Section 4.2.2, warm-up
@@ -204,7 +209,7 @@ class ReferenceCrossLore:
             if self.residual_select == "moment":
                 self.L = select_positions(self.P, self.M, self.residual_ratio)
             else:  # DESIGN 4.2
-                self.L = top_share(self.energy, self.residual_ratio)
+                self.L = top_share(row_by_column(self.energy), self.residual_ratio)
 
 
 class LinearReference:

@@ -185,7 +185,7 @@ def test_residual_starts_after_step_k_at_the_positions_recorded_in_step_k(k: int
         model.step(G), galore.step(G)
         energy += (G - galore.P @ galore.P.T @ G) ** 2
         if t == max(k, 1):
-            scores = (galore.P @ galore.M).abs() if select == "moment" else energy
+            scores = (galore.P @ galore.M).abs() if select == "moment" else ref.row_by_column(energy)
             kept = scores >= scores.flatten().topk(48).values[-1]  # 48 = 0.05 * 24 * 40
             of_warm_up = energy.clone()
         if t <= k:

@@ -115,6 +115,17 @@ def test_8bit_training_resumes_bitwise(dtype: torch.dtype) -> None:
     assert train(models[0], first, range(3, 6)) == train(models[1], second, range(3, 6))
 
 
+def test_the_kernel_of_paged_moments_gives_the_same_update() -> None:
+    """On a GPU paged moments are advanced by bitsandbytes' own kernel; it runs on a CPU too."""
+    rule, plain = rule_of("paged_adamw8bit"), rule_of("adamw8bit")
+    states = [r.init(torch.zeros(80, 70)) for r in (rule, plain)]
+    for t in range(1, 6):
+        grad = torch.randn(80, 70, generator=torch.Generator().manual_seed(t)) + 1
+        theirs = rule.update_by_bitsandbytes(grad, states[0], t, HP)
+        ours = plain.update(grad, states[1], t, HP)
+        assert (ours - theirs).norm() <= 0.02 * ours.norm()
+
+
 def test_8bit_moments_of_fp64_weights_work() -> None:
     rule, grad = rule_of("adamw8bit"), torch.randn(80, 70, dtype=torch.float64)
     assert rule.update(grad, rule.init(grad), 1, HP).isfinite().all()

@@ -26,10 +26,11 @@ class SparseResidual(Residual):
     During the first k steps nothing is added. At the end of step k (of step 1 if k = 0) the positions are
     recorded; the residual acts at every step t > k. State, per weight, zeros until the positions are known:
     `res_index` int32 (kept,): flat positions, ascending; `res_avg`, `res_avg_sq` (kept,): dM and dV of Algorithm 2,
-    for rule "exact" the moments of the gradient itself. While `residual_select` is "residual" and the warm-up
-    runs, `res_avg_sq` is (rows, cols) and accumulates dG * dG.
+    for rule "exact" the moments of the gradient itself. With `residual_select` "residual" also `res_row_sq` (rows,)
+    and `res_col_sq` (cols,): the row and column sums of dG * dG over the warm-up, whose outer product ranks the
+    positions. The full sum would need a matrix as large as the weight to find hardly better ones.
 
-    Differs from the paper: `residual_rule` "guarded" and "exact"; see `_radicand` and `_delta`.
+    Differs from the paper: `residual_rule` "guarded" and "exact", see `_radicand` and `_delta`; the choice "residual".
     """
 
     needs_whole_gradient: ClassVar[bool] = False
@@ -58,7 +59,10 @@ class SparseResidual(Residual):
         """Return the state before the positions are known: zeros, so that the keys never change."""
         moments = torch.zeros(self.kept(layout), dtype=state_dtype(grad), device=grad.device)
         index = torch.zeros(self.kept(layout), dtype=torch.int32, device=grad.device)
-        return {"res_index": index, "res_avg": moments, "res_avg_sq": moments.clone()}
+        state = {"res_index": index, "res_avg": moments, "res_avg_sq": moments.clone()}
+        if self.residual_select == "residual":
+            state |= {"res_row_sq": moments.new_zeros(layout.rows), "res_col_sq": moments.new_zeros(layout.cols)}
+        return state
 
     def kept(self, layout: MatrixLayout) -> int:
         """Return the number of kept positions: the ratio of all entries, at least one."""
@@ -72,11 +76,11 @@ class SparseResidual(Residual):
         self, grad: Tensor, low: Tensor, basis: Tensor, state: dict[str, Tensor], layout: MatrixLayout
     ) -> None:
         """Add dG * dG of one gradient to what the choice "residual" ranks (Eq. 5); a few rows at a time."""
-        if state["res_avg_sq"].dim() == 1:  # the first step
-            state["res_avg_sq"] = state["res_avg"].new_zeros(layout.rows, layout.cols)
-        importance = state["res_avg_sq"]
-        for rows, back in _dense(low, basis, layout, importance.dtype):
-            importance[rows].addcmul_(gap := back.sub_(grad[rows]), gap)
+        row, col = state["res_row_sq"], state["res_col_sq"]
+        for rows, back in _dense(low, basis, layout, row.dtype):
+            squares = back.sub_(grad[rows]).square_()
+            row[rows].add_(squares.sum(1))
+            col.add_(squares.sum(0))
 
     def _warm_up(self, ctx: StepContext) -> None:
         """Collect what the choice needs; at the end of the warm-up record the positions (section 4.2.2)."""
@@ -86,7 +90,8 @@ class SparseResidual(Residual):
             return
         kept = self.kept(ctx.layout)
         if self.residual_select == "residual":
-            pieces = iter(ctx.state["res_avg_sq"].split(_rows_at_once(ctx.layout)))
+            row, col = ctx.state["res_row_sq"], ctx.state["res_col_sq"]
+            pieces = (torch.outer(part, col) for part in row.split(_rows_at_once(ctx.layout)))
         else:
             first = ctx.rule.first_moment(ctx.state)
             low = ctx.low if first is None else first  # AdaGrad and Adafactor have no M'

@@ -66,9 +66,7 @@ class AdamW8bit(Rule):
         adamw = AdamW(self.eps_placement)
         if "exp_avg_scale" not in state:
             return adamw.update(low, state, t, hp)
-        if self.paged:
-            self._page(state)
-        if dispatch.use_triton(low):
+        if dispatch.use_triton(low) or (self.paged and low.is_cuda):
             return self._update_fused(low, state, t, hp)
         first, second = self.load(state)
         assert first is not None and second is not None
@@ -82,9 +80,9 @@ class AdamW8bit(Rule):
             return super().load(state)
         first, second = (
             _functional().dequantize_blockwise(
-                state[key],
+                state[key].to(state[f"{key}_scale"].device),  # paged codes count as the CPU's
                 absmax=state[f"{key}_scale"],
-                code=_code(key == "exp_avg", state[key].device),
+                code=_code(key == "exp_avg", state[f"{key}_scale"].device),
                 blocksize=BLOCK_SIZE,
             )
             for key in ("exp_avg", "exp_avg_sq")
@@ -128,9 +126,6 @@ class AdamW8bit(Rule):
     def _allocate(self, low: Tensor) -> Tensor:
         return torch.empty(low.shape, dtype=torch.uint8, device=low.device)
 
-    def _page(self, state: State) -> None:
-        """Move the codes into paged memory; they are elsewhere after loading a checkpoint."""
-
     def _update_fused(self, low: Tensor, state: State, t: int, hp: Hyper) -> Tensor:
         _, eps, _ = AdamW(self.eps_placement).factors(t, hp)
         return dispatch.adamw8bit_update_(
@@ -152,7 +147,7 @@ class AdamW8bit(Rule):
 class PagedAdamW8bit(AdamW8bit):
     """`AdamW8bit` with its codes in CUDA's managed memory, which moves to the host when the GPU is full.
 
-    On other devices it is `AdamW8bit`.
+    bitsandbytes' own block-wise kernel reads them there. On other devices it is `AdamW8bit`.
     """
 
     paged: ClassVar[bool] = True
@@ -163,8 +158,36 @@ class PagedAdamW8bit(AdamW8bit):
         paged: Tensor = _functional().get_paged(*low.shape, dtype=torch.uint8, device=low.device)
         return paged
 
-    def _page(self, state: State) -> None:
+    def _update_fused(self, low: Tensor, state: State, t: int, hp: Hyper) -> Tensor:
         for key in ("exp_avg", "exp_avg_sq"):
-            if state[key].device.type == "cuda" and not getattr(state[key], "is_paged", False):
-                codes, state[key] = state[key], self._allocate(state[key])
+            if low.is_cuda and not getattr(state[key], "is_paged", False):  # they were loaded from a checkpoint
+                codes, state[key] = state[key], self._allocate(low)
                 state[key].copy_(codes)
+        return self.update_by_bitsandbytes(low, state, t, hp)
+
+    def update_by_bitsandbytes(self, low: Tensor, state: State, t: int, hp: Hyper) -> Tensor:
+        """Return N_t from bitsandbytes' kernel, which is given a weight of zeros and learning rate -1."""
+        update = torch.zeros_like(low, dtype=torch.float32, memory_format=torch.contiguous_format)
+        _, eps, _ = AdamW(self.eps_placement).factors(t, hp)
+        _functional().optimizer_update_8bit_blockwise(
+            optimizer_name="adam",
+            g=low.float().contiguous(),
+            p=update,
+            state1=state["exp_avg"],
+            state2=state["exp_avg_sq"],
+            beta1=hp.betas[0],
+            beta2=hp.betas[1],
+            beta3=0.0,
+            alpha=0.0,
+            eps=eps,
+            step=t,
+            lr=-1.0,
+            qmap1=_code(True, low.device),
+            qmap2=_code(False, low.device),
+            absmax1=state["exp_avg_scale"],
+            absmax2=state["exp_avg_sq_scale"],
+            weight_decay=0.0,
+            gnorm_scale=1.0,
+            skip_zeros=False,
+        )
+        return update

@@ -156,10 +156,15 @@ class Layerwise:
         reference = norm if self.clip == "weight" else self.optimizer.param_groups[0].get(NORM_KEY, 0.0)
         return min(1.0, self.max_grad_norm / (reference + EPS))
 
-    def finish_step(self) -> None:
-        """Step the weights whose micro-batches are fewer than expected, and close the step's books."""
+    @torch.no_grad()
+    def finish_micro_batches(self) -> None:
+        """Step the weights that have seen fewer micro-batches than expected."""
         for weight in list(self._counts):
             self._flush(weight)
+
+    def finish_step(self) -> None:
+        """Step what is left and close the step's books."""
+        self.finish_micro_batches()
         if self._squares:
             self.optimizer.param_groups[0][NORM_KEY] = math.sqrt(sum(self._squares))
             self._squares = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .peers import Run, apollo, fira, flora, galore_adafactor, golore, ldadam
-from .reference import LinearReference
+from .reference import LinearReference, svd_basis
 from .samples import SHAPES, assert_close, gradients, normal, orthonormal, torch_adamw
 
 each_shape = pytest.mark.parametrize(("rows", "cols"), SHAPES)
@@ -106,6 +106,18 @@ def test_ldadam_on_a_fixed_line_is_adamw_along_it(error_feedback: bool) -> None:
     expected = [(1 - 1e-2 * 0.1) ** t * weight + line @ row for t, row in enumerate(along, start=1)]
     assert_same_path(path, expected, atol=1e-10)
     assert_close(state["error"], torch.zeros_like(weight), atol=1e-10)
+
+
+@pytest.mark.parametrize("error_feedback", [True, False])
+def test_ldadam_second_basis_is_one_power_step_on_both_gradients(error_feedback: bool) -> None:
+    """M of step 1 without its bias is P^T G_1: B = rho P P^T G_1 + (1 - rho)(G_2 + E), and P_2 spans B B^T P."""
+    first, second = gradients(24, 40, 2)
+    _, state = ldadam(start(24, 40), [first, second], rank=4, lr=1e-2, rho=0.6, error_feedback=error_feedback)
+    basis = svd_basis(first, 4)
+    kept = basis @ basis.T @ first
+    mixed = 0.6 * kept + 0.4 * (second + (first - kept if error_feedback else 0.0))
+    span = torch.linalg.svd(mixed @ mixed.T @ basis, full_matrices=False).U
+    assert_close(state["basis"] @ state["basis"].T, span @ span.T, atol=1e-10)
 
 
 @each_shape

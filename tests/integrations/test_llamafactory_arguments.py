@@ -43,12 +43,16 @@ def test_every_field_reaches_the_optimizers_configuration(config: dict) -> None:
         "crosslore_preset": "galore", "crosslore_projector": "svd", "crosslore_target": "q_proj, v_proj",
         "crosslore_cross_head_target": "none", "crosslore_residual_target": "all", "crosslore_residual_rule": "exact",
         "crosslore_residual_select": "residual", "crosslore_embeddings": "frozen", "crosslore_seed": 3,
-        "crosslore_gradients": "full", "crosslore_weights": "direct", "crosslore_stochastic_rounding": False,
+        "crosslore_gradients": "full", "crosslore_weights": "direct", "crosslore_stochastic_rounding": True,
+        "crosslore_moments": "rotate", "crosslore_refresh_stagger": True, "crosslore_head_choice": "energy",
+        "crosslore_random_after": 5, "crosslore_fit_window": 1,
     }  # fmt: skip
     assert parsed(config).crosslore_overrides(training_seed=7) == {
         "rank": 4, "scale": 8.0, "residual_ratio": 0.05, "warmup_steps": 2, "refresh_every": 3, "projector": "svd",
         "targets": ("q_proj", "v_proj"), "cross_head_targets": None, "residual_targets": None,
         "residual_rule": "exact", "residual_select": "residual", "embeddings": "frozen", "seed": 3,
+        "stochastic_rounding": True, "moments": "rotate", "refresh_stagger": True, "head_choice": "energy",
+        "random_after": 5, "fit_window": 1,
     }  # fmt: skip
 
 
@@ -83,7 +87,14 @@ REFUSED = [
     ({"crosslore_projector": "qr"}, "unknown crosslore_projector 'qr'.*Known: .*svd"),
     ({"crosslore_residual_rule": "best"}, "unknown crosslore_residual_rule 'best'"),
     ({"crosslore_cross_head_target": "all"}, "crosslore_cross_head_target must name modules or be 'none'"),
-    ({"crosslore_gradients": "layerwise"}, "crosslore_gradients must be 'full' in this version, got 'layerwise'"),
+    (
+        {"crosslore_gradients": "compact"},
+        "crosslore_gradients must be 'full' or 'layerwise' in this version, got 'comp",
+    ),
+    ({"crosslore_clip": "global"}, "unknown crosslore_clip 'global'.*stale-global"),
+    ({"crosslore_fit_window": 0}, "crosslore_fit_window must be an integer >= 1, got 0"),
+    ({"crosslore_moments": "turn"}, "unknown crosslore_moments 'turn'"),
+    ({"crosslore_gradients": "layerwise", "fp16": True}, "fp16 must be false with crosslore_gradients 'layerwise'"),
     ({"crosslore_weights": "deferred"}, "crosslore_weights must be 'direct' in this version"),
     ({"lora_rank": 4}, "options of other methods: lora_rank=4"),
     ({"lora_rank": 8, "lora_target": "all"}, "options of other methods: lora_rank=8, lora_target='all'"),
@@ -94,7 +105,7 @@ REFUSED = [
     ({"quantization_bit": 4}, "quantization_bit must be unset.*got 4"),
     ({"deepspeed": "ds_z2.json"}, "does not work with DeepSpeed ZeRO yet"),
     ({"fsdp": "full_shard"}, "does not work with FSDP yet"),
-    ({"optim": "sgd"}, "unknown optim for finetuning_type crosslore: 'sgd'.*Known: adamw_8bit"),
+    ({"optim": "lomo"}, "unknown optim for finetuning_type crosslore: 'lomo'.*Known: adamw_8bit"),
 ]
 
 

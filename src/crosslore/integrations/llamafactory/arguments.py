@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from llamafactory.hparams import finetuning_args as upstream
 
+from crosslore.checks import check_choice
 from crosslore.config import ALL_LINEAR, LowRankConfig
 from crosslore.presets import get_preset
 
@@ -23,10 +24,16 @@ CONFIG_FIELDS = {
     "crosslore_residual_rule": "residual_rule",
     "crosslore_residual_select": "residual_select",
     "crosslore_embeddings": "embeddings",
+    "crosslore_moments": "moments",
+    "crosslore_fit_window": "fit_window",
+    "crosslore_head_choice": "head_choice",
+    "crosslore_refresh_stagger": "refresh_stagger",
+    "crosslore_random_after": "random_after",
+    "crosslore_stochastic_rounding": "stochastic_rounding",
     "crosslore_seed": "seed",
 }
 # Values of fields whose other values are not built yet.
-ONLY = {"crosslore_gradients": "full", "crosslore_weights": "direct", "crosslore_stochastic_rounding": False}
+ONLY = {"crosslore_gradients": ("full", "layerwise"), "crosslore_weights": ("direct",)}
 # Options of other methods, which this type refuses.
 OTHER_METHODS = (
     "LoraArguments",
@@ -53,16 +60,26 @@ class CrossLoreArguments:
     warmup_k: int | None = _option("steps before the residual starts, >= 0.")
     crosslore_preset: str = field(default="crosslore", metadata={"help": "CrossLore: method to start from."})
     crosslore_refresh_every: int | None = _option("steps between two fits of the basis, >= 1.")
-    crosslore_projector: str | None = _option("how a basis is fitted: randomized or svd.")
+    crosslore_projector: str | None = _option("how a basis is fitted: randomized, power (warm start), svd, random.")
     crosslore_target: str | None = _option("'all' linear layers, or module names with commas.")
     crosslore_cross_head_target: str | None = _option("modules whose heads share a basis, or 'none'.")
     crosslore_residual_target: str | None = _option("modules with a residual, or 'all'.")
     crosslore_residual_rule: str | None = _option("guarded, paper or exact.")
     crosslore_residual_select: str | None = _option("moment (paper) or residual.")
     crosslore_embeddings: str | None = _option("full, lowrank or frozen.")
-    crosslore_gradients: str = field(default="full", metadata={"help": "CrossLore: full; no other value yet."})
+    crosslore_moments: str | None = _option("what happens to the moments at a refresh: keep, rotate, reset.")
+    crosslore_fit_window: int | None = _option("steps whose gradients a basis is fitted to, >= 1.")
+    crosslore_head_choice: str | None = _option("heads that a shared basis is fitted to: random or energy.")
+    crosslore_refresh_stagger: bool | None = _option("spread the refreshes of different weights over the interval.")
+    crosslore_random_after: int | None = _option("last step with a fitted basis (golore); unset: see the preset.")
+    crosslore_gradients: str = field(
+        default="full", metadata={"help": "CrossLore: full, or layerwise (step inside backward, free each gradient)."}
+    )
+    crosslore_clip: str = field(
+        default="weight", metadata={"help": "CrossLore: layerwise: max_grad_norm is for each weight, or stale-global."}
+    )
     crosslore_weights: str = field(default="direct", metadata={"help": "CrossLore: direct; no other value yet."})
-    crosslore_stochastic_rounding: bool = field(default=False, metadata={"help": "CrossLore: false; no other yet."})
+    crosslore_stochastic_rounding: bool | None = _option("round bf16 weights at random, so that small steps count.")
     crosslore_seed: int | None = field(
         default=None, metadata={"help": "CrossLore: seed of heads and sketches. Default: the training seed."}
     )
@@ -88,11 +105,13 @@ class CrossLoreFinetuningArguments(CrossLoreArguments, upstream.FinetuningArgume
         """Check our fields and hand the rest to LLaMA-Factory as `full`."""
         if self.finetuning_type == "crosslore" or self.use_crosslore:
             self.use_crosslore, self.finetuning_type = True, "full"
-            for name, value in ONLY.items():
-                if getattr(self, name) != value:
+            for name, values in ONLY.items():
+                if getattr(self, name) not in values:
+                    allowed = " or ".join(map(repr, values))
                     raise ValueError(
-                        f"{name} must be {value!r} in this version, got {getattr(self, name)!r}. Leave it out."
+                        f"{name} must be {allowed} in this version, got {getattr(self, name)!r}. Leave it out."
                     )
+            check_choice("crosslore_clip", self.crosslore_clip, ("weight", "stale-global"))
             self.crosslore_overrides(training_seed=0)
         super().__post_init__()
 

@@ -22,6 +22,8 @@ def check_run(parsed: tuple[Any, ...]) -> None:
         _refuse_quantised(by_name["ModelArguments"])
     _refuse_sharding(training)
     choose_rule(training.optim)
+    if training.do_train and finetuning.crosslore_gradients == "layerwise":
+        _check_layerwise(training)
 
 
 def check_sharding_keys(args: dict[str, Any]) -> None:  # Any: values of a configuration
@@ -29,6 +31,20 @@ def check_sharding_keys(args: dict[str, Any]) -> None:  # Any: values of a confi
     for key, what in (("deepspeed", "DeepSpeed ZeRO"), ("fsdp", "FSDP")):
         if args.get(key):
             _refuse(what)
+
+
+def _check_layerwise(training: Any) -> None:  # Any: LLaMA-Factory's TrainingArguments
+    """Refuse what needs the gradients that layerwise frees."""
+    if training.world_size > 1:
+        raise ValueError(
+            f"crosslore_gradients must be 'full' on {training.world_size} processes, got 'layerwise': "
+            "a weight steps before its gradient is averaged. Set CUDA_VISIBLE_DEVICES to one GPU, or use 'full'."
+        )
+    if training.fp16:
+        raise ValueError(
+            "fp16 must be false with crosslore_gradients 'layerwise': the loss scaling is undone after backward, when "
+            "the weights have stepped. Use bf16 or fp32, or crosslore_gradients: full."
+        )
 
 
 def _refuse_quantised(model_args: Any) -> None:  # Any: LLaMA-Factory's ModelArguments

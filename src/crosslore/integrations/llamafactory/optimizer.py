@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 
 from crosslore.factory import create_optimizer
+from crosslore.integrations.accelerate import report_true_norm
 from crosslore.optimizer import LowRankOptimizer
+from crosslore.presets import get_preset
 from crosslore.registry import unknown_name
 
 logger = logging.getLogger(__name__)
@@ -18,11 +20,17 @@ RULES = {
     "adamw_torch_fused": "adamw",
     "adamw_8bit": "adamw8bit",
     "adamw_bnb_8bit": "adamw8bit",
+    "paged_adamw_8bit": "paged_adamw8bit",
+    "adafactor": "adafactor",
+    "adagrad": "adagrad",
+    "sgd": "sgd",
 }
+# transformers' default `optim`: with it a preset that has a rule of its own, such as flora, keeps it.
+DEFAULT_OPTIMS = ("adamw_torch", "adamw_torch_fused")
 
 
-# Default of `adam_epsilon`.
-TRANSFORMERS_EPSILON = 1e-8
+# Defaults of `adam_beta1`, `adam_beta2`, `adam_epsilon`: the preset's own values apply then.
+TRANSFORMERS_BETAS, TRANSFORMERS_EPSILON = (0.9, 0.999), 1e-8
 
 
 def choose_rule(optim: object) -> str:
@@ -37,7 +45,7 @@ def choose_rule(optim: object) -> str:
             f"{unknown_name('optim for finetuning_type crosslore:', name, RULES)} Set `optim` to one of them."
         )
     rule = RULES[name]
-    if rule == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+    if rule.endswith("8bit") and importlib.util.find_spec("bitsandbytes") is None:
         logger.warning(
             "optim %s needs bitsandbytes, which is not installed: Adam's moments stay in fp32. "
             'Run `pip install "crosslore[bnb]"` for 8-bit moments.',
@@ -51,15 +59,27 @@ def create_crosslore_optimizer(model: nn.Module, training_args: Any, finetuning_
     """Return the optimizer that the configuration describes; the arguments are LLaMA-Factory's own."""
     options = finetuning_args.crosslore_overrides(training_seed=training_args.seed)
     if training_args.adam_epsilon != TRANSFORMERS_EPSILON:
-        options["eps"] = training_args.adam_epsilon  # else the preset's own
+        options["eps"] = training_args.adam_epsilon
+    if (training_args.adam_beta1, training_args.adam_beta2) != TRANSFORMERS_BETAS:
+        options["betas"] = (training_args.adam_beta1, training_args.adam_beta2)
+    rule, own = choose_rule(training_args.optim), get_preset(finetuning_args.crosslore_preset).config.rule
+    if str(getattr(training_args.optim, "value", training_args.optim)) in DEFAULT_OPTIMS:
+        rule = own
+    if finetuning_args.crosslore_gradients == "layerwise":
+        report_true_norm()
+        options |= {
+            "layerwise": True,
+            "accumulation_steps": training_args.gradient_accumulation_steps,
+            "max_grad_norm": training_args.max_grad_norm or None,
+            "clip": finetuning_args.crosslore_clip,
+        }
     try:
         return create_optimizer(
             model,
             finetuning_args.crosslore_preset,
             lr=training_args.learning_rate,
-            betas=(training_args.adam_beta1, training_args.adam_beta2),
             weight_decay=training_args.weight_decay,
-            rule=choose_rule(training_args.optim),
+            rule=rule,
             **options,
         )
     except ValueError as error:  # its names are those of Python

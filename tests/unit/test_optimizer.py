@@ -3,11 +3,9 @@
 import copy
 import logging
 import pickle
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosslore import LowRankOptimizer, create_optimizer
 
@@ -267,50 +265,3 @@ def test_sparse_gradients_are_refused() -> None:
     p.grad = torch.eye(4).to_sparse()
     with pytest.raises(RuntimeError, match="sparse gradients"):
         optimizer.step()
-
-
-class _Peak(TorchDispatchMode):
-    """Counts the bytes of new results that are alive at once, by storage; `known` ones were there before."""
-
-    def __init__(self, *known: torch.Tensor) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = storage.data_ptr()
-                if key and key not in self.alive and key not in self.known:
-                    self.alive[key] = storage.nbytes()
-                    weakref.finalize(tensor, self.alive.pop, key, None)
-        self.peak = max(self.peak, sum(self.alive.values()))
-        return result
-
-
-@pytest.mark.parametrize(("select", "steps", "limit"), [("moment", 6, 1.3), ("residual", 6, 2.3)])
-def test_a_step_has_one_gradient_sized_scratch_at_most(select: str, steps: int, limit: float) -> None:
-    """In units of one fp32 matrix; "residual" also allocates its warm-up sum, which is one more, at step 1."""
-    p = torch.nn.Parameter(torch.randn(512, 512))
-    group = {"params": [p], "rank": 4, "residual": "sparse", "residual_ratio": 0.002, "warmup_steps": 3}
-    optimizer = LowRankOptimizer([group | {"residual_select": select}], lr=1e-2)
-    for _ in range(steps):
-        p.grad = torch.randn_like(p)
-        with _Peak(p, p.grad) as mode:
-            optimizer.step()
-        assert mode.peak <= limit * p.numel() * 4
-
-
-def test_no_gradient_sized_tensor_outlives_the_step() -> None:
-    """Compact state of one 256 x 256 weight at rank 4: basis, two moments, counter and 66 kept entries."""
-    p = torch.nn.Parameter(torch.randn(256, 256))
-    group = {"params": [p], "rank": 4, "residual": "sparse", "residual_ratio": 0.001, "warmup_steps": 1}
-    optimizer = LowRankOptimizer([group], lr=1e-2)
-    for _ in range(3):
-        p.grad = torch.randn_like(p)
-        optimizer.step()
-    held = sum(v.untyped_storage().nbytes() for v in optimizer.state[p].values())
-    assert held == 4 * (3 * 256 * 4 + 3 * 66 + 1)

@@ -44,7 +44,8 @@ class ErrorFeedback(Residual):
         layout.add_product_(error, *layout.factors(ctx.low, basis), alpha=-1.0, beta=1.0)
         if "old" not in ctx.carry:
             return
-        old, first = ctx.carry["old"].to(error.dtype), ctx.carry["first"].to(error.dtype)
+        first = ctx.carry["first"]
+        old, basis = ctx.carry["old"].to(first.dtype), basis.to(first.dtype)
         share = ctx.hp.betas[0] / (1 - ctx.hp.betas[0])
         change = basis.mT @ old  # C = P^T P_-
         moved = change @ first if layout.side == "left" else first @ change.mT  # M~

@@ -8,7 +8,7 @@ from torch import Tensor
 from crosslore.config import Hyper
 from crosslore.layout import MatrixLayout
 from crosslore.residuals.base import Residual, StepContext
-from crosslore.rules.adafactor import CLIP_THRESHOLD, Adafactor, precondition
+from crosslore.rules.adafactor import Adafactor, clip_, precondition
 from crosslore.rules.base import Rule, State
 from crosslore.rules.sgd import Average
 
@@ -47,5 +47,5 @@ class Flora(Residual):
         basis = ctx.carry.get("old", ctx.basis).to(full.dtype)
         factors = layout.factors(ctx.carry["first"].to(full.dtype), basis)
         layout.add_product_(full, *factors, alpha=hp.betas[0], beta=1 - hp.betas[0])
-        full.div_((full.square().mean().sqrt() / CLIP_THRESHOLD).clamp_(min=1.0))
+        clip_(full)
         weight.copy_(full.mul_(hp.update_factor).add_(weight, alpha=hp.weight_factor))

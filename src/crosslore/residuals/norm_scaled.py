@@ -14,6 +14,8 @@ from crosslore.rules.base import state_dtype
 LIMIT = 1.01
 # Added to denominators of norms; theirs.
 EPS = 1e-8
+# Entries that are converted at once; 4 MiB in fp32.
+PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class NormScaled(Residual):
         scaling = self.limited_(scaling, squares.clamp_(min=0).sum().sqrt(), ctx)
         a, b = ctx.layout.factors((alpha * (update - scaling * low)).to(weight.dtype), ctx.basis.to(weight.dtype))
         ctx.layout.add_product_(weight, a, b, alpha=hp.step_factor, beta=hp.weight_factor)
-        weight.addcmul_(ctx.grad.to(weight.dtype), scaling.to(weight.dtype), value=hp.step_factor)
+        add_scaled_(weight, ctx.grad, scaling, factor=hp.step_factor)
 
     def scaling(self, update: Tensor, low: Tensor, layout: MatrixLayout) -> Tensor:
         """Return phi, broadcastable to the gradient and to the compact gradient."""
@@ -83,4 +85,12 @@ class ScaledGradient(NormScaled):
         scaling = self.limited_(scaling, norm, ctx) * ctx.hp.scale**0.5
         if ctx.hp.weight_factor != 1:
             weight.mul_(ctx.hp.weight_factor)
-        weight.addcmul_(ctx.grad.to(weight.dtype), scaling.to(weight.dtype), value=ctx.hp.step_factor)
+        add_scaled_(weight, ctx.grad, scaling, factor=ctx.hp.step_factor)
+
+
+def add_scaled_(weight: Tensor, grad: Tensor, scaling: Tensor, *, factor: float) -> None:
+    """Add factor * scaling * G to the weight; in groups of rows where G is of another dtype and must be converted."""
+    scaling = scaling.to(weight.dtype).expand(weight.shape)
+    rows = len(weight) if grad.dtype == weight.dtype else max(1, PIECE * len(weight) // weight.numel())
+    for into, part, scale in zip(weight.split(rows), grad.split(rows), scaling.split(rows), strict=True):
+        into.addcmul_(part.to(weight.dtype), scale, value=factor)

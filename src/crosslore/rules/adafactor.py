@@ -35,8 +35,7 @@ class Adafactor(Rule):
     def update(self, low: Tensor, state: State, t: int, hp: Hyper) -> Tensor:
         """Return g / sqrt(v), scaled down to a root mean square of at most 1; fp32."""
         update = precondition(low, state, t)
-        rms = update.square().mean().sqrt()  # of the whole tensor, also of stacked matrices
-        return update.div_((rms / CLIP_THRESHOLD).clamp_(min=1.0))
+        return clip_(update)
 
     def load(self, state: State) -> tuple[Tensor | None, Tensor | None]:
         """Return no first moment, and V' as the outer product that the statistics stand for; a new tensor."""
@@ -78,6 +77,12 @@ def precondition(grad: Tensor, state: State, t: int) -> Tensor:
     col.lerp_(squares.mean(-2), share)
     scale = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
     return torch.mul(grad, scale, out=squares).mul_(col.rsqrt().unsqueeze(-2))
+
+
+def clip_(update: Tensor) -> Tensor:
+    """Scale an update down to a root mean square of at most 1, stacked matrices all together; in place."""
+    rms = torch.linalg.vector_norm(update) * update.numel() ** -0.5
+    return update.div_((rms / CLIP_THRESHOLD).clamp_(min=1.0))
 
 
 def _statistics(state: State) -> Tensor:

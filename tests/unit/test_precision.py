@@ -1,0 +1,88 @@
+"""Low precision: stochastic rounding, dtypes of bases and moments."""
+
+import pytest
+import torch
+from torch import nn
+
+from crosslore import LowRankOptimizer, create_optimizer
+from crosslore.kernels.rounding import stochastic_round
+
+from .models import tiny_decoder, train
+
+OPTIONS = {"lr": 1e-3, "rank": 4, "scale": 2.0, "warmup_steps": 2, "residual_ratio": 0.1, "refresh_every": 4}
+
+
+def draws(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_rounding_keeps_the_mean_and_goes_to_a_neighbour() -> None:
+    values = torch.tensor([1.0 + 2**-10, -3.3, 1e-20, 7e10, 0.0]).repeat_interleave(200_000)
+    rounded = stochastic_round(values, torch.bfloat16, generator=draws()).float()
+    spacing = 2.0 ** (values.abs().clamp(min=1e-38).log2().floor() - 7)
+    assert ((rounded - values).abs() < spacing).all()
+    means, truth = rounded.view(5, -1).double().mean(1), values.view(5, -1)[:, 0].double()
+    torch.testing.assert_close(means, truth, rtol=2e-4, atol=0)
+    assert rounded.view(5, -1)[0].unique().numel() == 2
+
+
+def test_what_bf16_holds_exactly_and_what_is_not_finite_stays() -> None:
+    values = torch.tensor([1.0, -0.5, 0.0, float("inf"), -float("inf"), float("nan")])
+    rounded = stochastic_round(values, torch.bfloat16, generator=draws()).float()
+    torch.testing.assert_close(rounded, values, rtol=0, atol=0, equal_nan=True)
+
+
+def test_small_steps_move_bf16_weights_on_average() -> None:
+    """Steps of a hundredth of bf16's spacing: to the nearest nothing moves, at random the mean does."""
+    moved = []
+    for rounding in (False, True):
+        weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+        group = {"params": [weight], "rank": 4, "rule": "sgd", "stochastic_rounding": rounding, "scale": 1.0}
+        optimizer = LowRankOptimizer([group], lr=1.0, betas=(0.0, 0.0))
+        for _ in range(100):
+            weight.grad = torch.full_like(weight, 2.0**-14)
+            optimizer.step()
+        moved.append(float(weight.detach().double().mean()) - 1)
+    assert moved[0] == 0
+    assert moved[1] == pytest.approx(-100 * 2.0**-14, rel=0.1)
+
+
+@pytest.mark.parametrize("embeddings", ["full", "lowrank"])
+def test_rounding_draws_from_the_seed_the_name_and_the_step_only(embeddings: str) -> None:
+    ends = []
+    for global_seed, seed in ((1, 0), (2, 0), (1, 5)):
+        model = tiny_decoder().bfloat16()
+        optimizer = create_optimizer(model, **OPTIONS, stochastic_rounding=True, seed=seed, embeddings=embeddings)
+        torch.manual_seed(global_seed)
+        train(model, optimizer, range(5))
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(ends[0], ends[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(ends[0], ends[2], strict=True))
+
+
+def test_rounding_concerns_bf16_weights_only() -> None:
+    ends = []
+    for rounding in (False, True):
+        model = tiny_decoder()
+        train(model, create_optimizer(model, **OPTIONS, stochastic_rounding=rounding), range(5))
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize(("asked", "found"), [("weight", torch.bfloat16), ("float32", torch.float32)])
+def test_the_basis_has_the_weights_dtype_unless_set(asked: str, found: torch.dtype) -> None:
+    model = tiny_decoder().bfloat16()
+    optimizer = create_optimizer(model, **OPTIONS, basis_dtype=asked)
+    train(model, optimizer, range(6))
+    state = optimizer.state[model.self_attn.q_proj.weight]
+    assert state["basis"].dtype == found
+    assert state["exp_avg"].dtype == state["res_avg"].dtype == torch.float32
+
+
+def test_bf16_training_follows_fp32_for_a_few_steps() -> None:
+    """Five steps of the same method; the tolerance is bf16's 2^-8 on weights of up to 4."""
+    models = [tiny_decoder(), tiny_decoder().bfloat16()]
+    for model in models:
+        train(model, create_optimizer(model, **OPTIONS), range(5))
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(b.float(), a, rtol=0.04, atol=0.02)

@@ -33,6 +33,7 @@ def create_optimizer(
     max_grad_norm: float | None = None,
     clip: Clip = "weight",
     foreach: bool | None = None,
+    compile: bool = False,
     **overrides: Any,  # Any: fields of LowRankConfig and rule options, each checked by its own type
 ) -> LowRankOptimizer:
     """Return an optimizer for every trainable weight of `model`.
@@ -49,6 +50,7 @@ def create_optimizer(
         max_grad_norm: largest gradient norm, None: no clipping. For layerwise only: else clip before `step()`.
         clip: what that norm is of: "weight" or "stale-global". For layerwise only.
         foreach: see `LowRankOptimizer`.
+        compile: see `LowRankOptimizer`.
         **overrides: fields of `LowRankConfig`, or `betas`, `eps`, `weight_decay`.
 
     Raises:
@@ -74,7 +76,7 @@ def create_optimizer(
             "accumulation_steps and max_grad_norm are for layerwise=True, got layerwise=False. Call backward several "
             "times and torch.nn.utils.clip_grad_norm_ before step(), or set layerwise=True."
         )
-    optimizer = LowRankOptimizer(groups, lr=lr, **options, config=config, foreach=foreach)
+    optimizer = LowRankOptimizer(groups, lr=lr, **options, config=config, foreach=foreach, compile=compile)
     if layerwise:
         attach_layerwise(optimizer, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, clip=clip)
     for weight in embedding_weights(model).values():

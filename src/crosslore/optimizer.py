@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from crosslore.checkpoint import check_same_structure, restore_dtypes
@@ -46,6 +47,8 @@ class LowRankOptimizer(Optimizer):
         weight_decay: decoupled, >= 0.
         config: defaults of the groups' other options.
         foreach: work on all compact gradients of a group at once: fewer launches, more memory. None: on a GPU.
+        compile: run ordinary steps (AdamW without residual, between refreshes) as a compiled graph.
+            `torch.compile(optimizer.step)` is not needed: `step` itself always runs outside the compiler.
 
     Raises:
         TypeError, ValueError: an option has the wrong type or range; a matrix does not fit the rank.
@@ -61,12 +64,13 @@ class LowRankOptimizer(Optimizer):
         *,
         config: LowRankConfig | None = None,
         foreach: bool | None = None,
+        compile: bool = False,
     ) -> None:
         """Build the groups; no state is allocated before the first step."""
         check_hyper(lr=_plain(lr), betas=betas, eps=eps, weight_decay=weight_decay)
         self.nonfinite_skips: dict[str, int] = {}
         self.layerwise: Layerwise | None = None
-        self.foreach = foreach
+        self.foreach, self.compile = foreach, compile
         self._forget()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, **asdict(config or LowRankConfig())})
@@ -98,6 +102,7 @@ class LowRankOptimizer(Optimizer):
         self.__dict__.setdefault("nonfinite_skips", {})
         self.__dict__.setdefault("layerwise", None)
         self.__dict__.setdefault("foreach", None)
+        self.__dict__.setdefault("compile", False)
         self._forget()
         for group in self.param_groups:  # a checkpoint of an older version lacks newer options
             for key, value in asdict(LowRankConfig()).items():
@@ -121,6 +126,7 @@ class LowRankOptimizer(Optimizer):
             lines.append(f"{text}, rule {group['rule']}, weight_decay {group['weight_decay']:g}")
         return "LowRankOptimizer(\n" + "\n".join(lines) + "\n)"
 
+    @_disable_dynamo  # it decides on plain values: a refresh, a skip, a wait
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Do one step of every weight that has a gradient; return the closure's loss.
@@ -163,7 +169,9 @@ class LowRankOptimizer(Optimizer):
         keep = [k for k, ok in enumerate(finite) if ok]
         items = [self.item(*todo[k][:2]) for k in keep]
         foreach = self.foreach if self.foreach is not None else all(grad.is_cuda for grad in grads)
-        step_items(items, [grads[k] for k in keep], [peaks[k] == 0 for k in keep], foreach=foreach)
+        step_items(
+            items, [grads[k] for k in keep], [peaks[k] == 0 for k in keep], foreach=foreach, compiled=self.compile
+        )
 
     def item(self, g: int, i: int) -> Item:
         """Return weight i of group g with its options and state, ready to be stepped."""

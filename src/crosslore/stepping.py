@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from crosslore.compiled import compiled_step, step_numbers, suits
 from crosslore.config import Hyper, LowRankConfig
 from crosslore.layout import Block
 from crosslore.registry import build_rule
@@ -45,7 +46,9 @@ class Pending:
     ctx: StepContext
 
 
-def step_items(items: list[Item], grads: list[Tensor], zeros: list[bool], *, foreach: bool) -> None:
+def step_items(
+    items: list[Item], grads: list[Tensor], zeros: list[bool], *, foreach: bool, compiled: bool = False
+) -> None:
     """Do one step of every item.
 
     Args:
@@ -53,6 +56,7 @@ def step_items(items: list[Item], grads: list[Tensor], zeros: list[bool], *, for
         grads: their finite gradients.
         zeros: which gradients are all zero: those weights only decay while a basis is due.
         foreach: work on all compact tensors of a group at once; the same numbers, more of them alive.
+        compiled: take the compiled graph for ordinary steps.
     """
     waiting: dict[int, list[Pending]] = defaultdict(list)
     for item, grad, zero in zip(items, grads, zeros, strict=True):
@@ -60,7 +64,7 @@ def step_items(items: list[Item], grads: list[Tensor], zeros: list[bool], *, for
             full_step(item, grad)
         elif zero and item.due_next():
             wait(item, grad)
-        else:
+        elif not (compiled and step_compiled(item, grad)):
             t = advance(item.state)
             for pending in begin(item, grad, t):
                 if foreach and not needs_whole_gradient(pending.method):
@@ -69,6 +73,22 @@ def step_items(items: list[Item], grads: list[Tensor], zeros: list[bool], *, for
                     finish(pending)
     for group in waiting.values():
         finish_many(group)
+
+
+def step_compiled(item: Item, grad: Tensor) -> bool:
+    """Do an ordinary step of every block by the compiled graph; return False, with nothing done, if one is not."""
+    t = steps_done(item.state) + 1
+    methods = [method_of(item.config, block) for block in item.blocks]
+    if not all(suits(method, item.hp, block.take(grad), t) for method, block in zip(methods, item.blocks, strict=True)):
+        return False
+    advance(item.state)
+    numbers = step_numbers(item.hp, t, item.config.eps_placement, grad.device)
+    for block in item.blocks:
+        matrix, part = block.take(item.weight), block_state(item.state, block.key)
+        tensors = (part["basis"], part["exp_avg"], part["exp_avg_sq"])
+        compiled_step()(matrix, block.take(grad), *tensors, numbers, left=block.layout.side == "left")
+        block.put_(item.weight, matrix)
+    return True
 
 
 def begin(item: Item, grad: Tensor, t: int) -> Iterator[Pending]:

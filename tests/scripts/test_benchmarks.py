@@ -149,7 +149,7 @@ def test_a_row_that_was_cut_off_is_dropped(bench, finished, tmp_path):
     assert len(bench("common").read_rows(path)) == len(NAMES)
 
 
-def test_outdated_rows_are_replaced_and_other_configurations_stay(bench, tmp_path):
+def test_outdated_rows_are_replaced_and_other_configurations_stay(bench, tmp_path, capsys):
     common = bench("common")
     options = common.Options(out=tmp_path, profile="tiny", threads=1)
     records = common.Records("part", ("contender", "round"), options)
@@ -157,9 +157,21 @@ def test_outdated_rows_are_replaced_and_other_configurations_stay(bench, tmp_pat
         records.environment |= {"threads": threads, "source": source}
         records.append(contender="a", round=0)
     again = common.Records("part", ("contender", "round"), options)
+    assert "1 older measurements of this configuration are replaced" in capsys.readouterr().out
     rows = common.read_rows(again.path)
     assert [(row["threads"], row["source"] == "old") for row in rows] == [("2", True), ("1", False)]
     assert len(again.select(contender="a")) == 1
+
+
+def test_a_slow_first_step_counts_as_a_refresh(bench, tmp_path, monkeypatch):
+    for module in ("step_time", "memory"):
+        monkeypatch.setattr(bench(module), "SLOW", 0.0)
+    assert bench("run").main(arguments(tmp_path, "--only", "step_time,b", names=NAMES[1:3])) == 0
+    rows = bench("common").read_rows(tmp_path / "raw" / "step_time.csv")
+    notes = {row["contender"]: row["note"] for row in rows if row["measure"] == "cycle"}
+    assert notes == {"galore-torch": "first step", "crosslore_plus": ""}
+    rows = bench("common").read_rows(tmp_path / "memory.csv")
+    assert [row["status"] for row in rows] == ["ok", "ok"] and all(int(row["refresh_temporary_bytes"]) for row in rows)
 
 
 def test_a_contender_that_cannot_run_is_a_row_with_the_reason(bench, tmp_path, monkeypatch):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-# Entries of the gathered factors that are alive at once; 16 MiB each in fp32.
-CHUNK_ELEMENTS = 1 << 22
+# Entries of the gathered factors that are alive at once; 4 MiB each in fp32.
+CHUNK_ELEMENTS = 1 << 20
 
 
 def sampled_product(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Write the table of presets in docs/methods.md from the presets themselves.
 
-    python scripts/make_methods_table.py           # write
-    python scripts/make_methods_table.py --check   # exit status 1 if the page is out of date
+python scripts/make_methods_table.py           # write
+python scripts/make_methods_table.py --check   # exit status 1 if the page is out of date
 """
 
 import argparse
@@ -48,7 +48,8 @@ def row(name: str, preset: Preset) -> tuple[str, ...]:
     if config.eps_placement == "uncorrected":
         rule += ", eps inside"
     rule += f", betas {preset.betas[0]:g} {preset.betas[1]:g}" if preset.betas != (0.9, 0.999) else ""
-    return f"`{name}`", projector(config), refresh(config), config.moments, residual(config), rule, preset.paper, differs
+    parts = projector(config), refresh(config), config.moments, residual(config), rule
+    return f"`{name}`", *parts, preset.paper, differs
 
 
 def projector(config: LowRankConfig) -> str:

@@ -1,0 +1,300 @@
+"""Result files of the ablation, and the tables and the figure that are made from them alone.
+
+    python benchmarks/ablation_report.py        # results/ablation/{summary.csv,ablation.png}, docs/ablation_table.md
+
+A place in the table without a result says "not run".
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import ablation_plan as matrix
+from ablation_plan import Cell, Plan, Result, Task, Variant
+from common import ROOT, commit, device_name, source_hash
+
+RESULTS = ROOT / "results" / "ablation"
+TABLE = ROOT / "docs" / "ablation_table.md"
+PACKAGES = ("torch", "transformers", "numpy")
+NOT_RUN = "not run"
+# Of a run before any is measured, one of two side by side on 2 CPU cores; and what these need beyond it.
+SECONDS_PER_RUN = 100.0
+SLOWER = {"galore": 35.0, "ldadam": 100.0}
+
+
+def new_record(cell: Cell) -> Result:
+    """Return a result without what the run measures."""
+    names = {"task": cell.task.name, "variant": cell.variant.name, "lr": cell.lr, "seed": cell.seed}
+    made = {"commit": commit(), "source": source_hash(), "packages": {n: version(n) for n in PACKAGES}}
+    device = {"device": device_name("cpu"), "omp_num_threads": os.environ.get("OMP_NUM_THREADS"), "dtype": "float32"}
+    held_out = {"start": None, "half": None, "end": None}
+    parts = {"status": "failed", "error": None, "steps": 0, "losses": [], "held_out": held_out}
+    return {"hash": cell.hash, **names, **parts, **made, **device, "config": cell.config}
+
+
+def write_result(record: Result, path: Path) -> None:
+    """Write a result file that is complete or not there; losses that are not finite become null."""
+    record["date"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    record["held_out"] = {n: v if v is None or math.isfinite(v) else None for n, v in record["held_out"].items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_results(folder: Path, *, failed: bool = True) -> dict[str, Result]:
+    """Return the results of a folder by configuration hash, with or without those that failed.
+
+    Raises:
+        ValueError: if a file is no result; names it.
+    """
+    found: dict[str, Result] = {}
+    for path in sorted(folder.glob("*--*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if failed or result["status"] != "failed":
+                found[result["hash"]] = result
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no result of this benchmark ({error!r}). Delete it and run again.") from error
+    return found
+
+
+def reset_peak_rss() -> None:
+    """Let the peak memory of this process count from now on; from its start where the system cannot do that."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_rss_gib() -> float | None:
+    """Return the peak memory of this process in GiB; None where /proc does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM")), None)
+
+
+def line(result: Result) -> str:
+    """Return a finished run in one line."""
+    loss = "-" if result["held_out"]["end"] is None else f"{result['held_out']['end']:.4f}"
+    run = f"{result['task']} {result['variant']} lr {result['lr']:g} seed {result['seed']}"
+    return f"{run}: {result['status']}, held-out loss {loss}, {result['seconds']:.0f} s"
+
+
+def planned(plan: Plan, results: Mapping[str, Result], *, workers: int) -> str:
+    """Return the runs of each task and variant, those done, and the minutes that the others need."""
+    try:
+        second = plan.stage2(results)
+    except LookupError:  # its values are known when stage 1 is finished; these are as many as there can be
+        second = [matrix.combined(f"best, {len(matrix.FACTORS)} winners", {})] * (1 + len(matrix.FACTORS))
+    count, total = len(plan.lrs) + plan.seeds - 1, 0.0
+    lines = [f"{'task':8} {'variant':32} {'done':>4} {'to do':>5} {'minutes':>8}"]
+    for variant in [*matrix.stage1(), *second]:
+        for task in plan.tasks:
+            unknown = variant.name.startswith("best,")
+            left = count if unknown else plan.remaining([variant], results)[task.name, variant.name]
+            minutes = left * seconds_per_run(results, task.name, variant.name) / 60 / workers
+            total += minutes
+            lines.append(f"{task.name:8} {variant.name:32} {max(0, count - left):4} {left:5} {minutes:8.1f}")
+    return "\n".join([*lines, f"about {total:.0f} minutes with {workers} workers"])
+
+
+def seconds_per_run(results: Mapping[str, Result], task: str, variant: str) -> float:
+    """Return what a run took: of this variant, else of this task, else by default."""
+    mine = [r for r in results.values() if r["task"] == task and r["status"] == "ok"]
+    same = [r["seconds"] for r in mine if r["variant"] == variant]
+    usual = [r["seconds"] for r in mine if r["variant"] not in SLOWER] or [SECONDS_PER_RUN]
+    return statistics.median(same) if same else statistics.median(usual) + SLOWER.get(variant, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A variant on a task; None or empty where nothing was run."""
+
+    stage: int
+    task: str
+    variant: str
+    # Best learning rate; whether it is the smallest or largest of the grid, beyond which a better one may lie.
+    lr: float | None
+    lr_at_edge: bool
+    # "ok", "not run", "incomplete", or what went wrong.
+    status: str
+    losses: Sequence[float]
+    # Paired by seed.
+    to_paper: Sequence[float]
+    to_best: Sequence[float]
+    seconds_per_step: float | None
+
+
+def make_row(
+    plan: Plan, task: Task, variant: Variant, results: Mapping[str, Result], *, stage: int, best: Variant | None
+) -> Row:
+    """Return a row from results by configuration hash."""
+    lr = plan.best_lr(task, variant, results)
+    found = [results[cell.hash] for cell in plan.cells(task, variant, results) if cell.hash in results]
+    losses = list(plan.losses(task, variant, results).values())
+    times = [r["seconds_per_step"] for r in found if r["status"] == "ok"]
+    if not found:
+        status = NOT_RUN
+    elif len(found) >= len(plan.lrs) and (lr is None or not all(map(math.isfinite, losses))):
+        status = ", ".join(sorted({r["status"] for r in found} - {"ok"}))
+    else:
+        status = "ok" if len(losses) == plan.seeds else "incomplete"
+    return Row(
+        stage=stage,
+        task=task.name,
+        variant=variant.name,
+        lr=lr,
+        lr_at_edge=lr in (min(plan.lrs), max(plan.lrs)),
+        status=status,
+        losses=losses,
+        to_paper=[] if variant == matrix.PAPER else plan.differences(task, variant, results),
+        to_best=plan.differences(task, variant, results, base=best) if best and variant != best else [],
+        seconds_per_step=statistics.median(times) if times else None,
+    )
+
+
+def make_rows(plan: Plan, results: Mapping[str, Result]) -> list[Row]:
+    """Return the rows of both stages; those of stage 2 are known when stage 1 is finished."""
+    try:
+        second = plan.stage2(results)
+    except LookupError:
+        second = []
+    best = second[0] if second else None
+    pairs = [(1, v) for v in matrix.stage1()] + [(2, v) for v in second]
+    return [make_row(plan, t, v, results, stage=s, best=best if s == 2 else None) for t in plan.tasks for s, v in pairs]
+
+
+def plan_of(results: Mapping[str, Result], *, tasks: Sequence[Task] = matrix.TASKS) -> Plan:
+    """Return the plan that the newest result of each task belongs to."""
+    newest = {r["task"]: r["config"]["inputs"] for r in sorted(results.values(), key=lambda r: r["date"])}
+    seeds = max(3, *(r["seed"] + 1 for r in results.values())) if results else 3
+    return Plan(inputs={task.name: newest.get(task.name, {}) for task in tasks}, tasks=tasks, seeds=seeds)
+
+
+def moments(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return mean and standard deviation (0 for one value); None if there is no value, or one that is not finite."""
+    if not values or not all(map(math.isfinite, values)):
+        return None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def spread(values: Sequence[float], *, of_mean: bool = False, sign: str = "") -> str:
+    """Return mean and standard deviation, or the mean's standard error, as text; empty if there is none."""
+    found = moments(values)
+    if found is None:
+        return ""
+    width = found[1] / math.sqrt(len(values)) if of_mean else found[1]
+    return f"{found[0]:{sign}.4f} " + ("(1 seed)" if len(values) == 1 else f"± {width:.4f}")
+
+
+def markdown(row: Row, *, second: bool) -> str:
+    """Return a line of the table."""
+    lr = "" if row.lr is None else f"{row.lr:g}{'*' if row.lr_at_edge else ''}"
+    loss = spread(row.losses)
+    if row.status != "ok":
+        loss = f"{loss} ({row.status})" if loss else row.status
+    seconds = "" if row.seconds_per_step is None else f"{row.seconds_per_step:.2f}"
+    differences = [row.to_paper, row.to_best] if second else [row.to_paper]
+    cells = [row.variant, lr, loss, *(spread(d, of_mean=True, sign="+") for d in differences), seconds]
+    return f"| {' | '.join(cells)} |"
+
+
+def write_tables(plan: Plan, rows: Sequence[Row], results: Mapping[str, Result], path: Path) -> None:
+    """Write the Markdown tables."""
+    base, made = matrix.BASE, sorted({r["commit"] for r in results.values()})
+    lines = [
+        "<!-- made by `python benchmarks/ablation_report.py` from results/ablation; do not edit -->",
+        f"Held-out loss (answer tokens) after a run: mean and standard deviation over {plan.seeds} seeds; difference "
+        "to the paper's setting, paired by seed, with its standard error. SmolLM2-135M-Instruct, fp32, CPU; rank "
+        f"{base['rank']}, scale {base['scale']:g}, refresh every {base['refresh_every']} steps, residual from step "
+        f"{base['warmup_steps'] + 1}; {matrix.LR_WARMUP_STEPS} steps of linear warm-up, then linear decay. The rate "
+        f"is the best of {', '.join(f'{lr:g}' for lr in plan.lrs)} for seed 0, which is one of the seeds; * marks an "
+        f"end of that grid. Commits: {', '.join(made) or 'none'}.",
+    ]
+    for task in plan.tasks:
+        for stage in (1, 2):
+            mine = [row for row in rows if row.task == task.name and row.stage == stage]
+            size = f"{task.steps} steps of {task.batch_size}, {task.held_out_rows} held-out rows"
+            title = f"**{task.name}, stage {stage}** ({size})"
+            names = ["variant", "lr", "held-out loss", "to paper", *["to best"] * (stage == 2), "s/step"]
+            table = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+            table += [markdown(row, second=stage == 2) for row in mine]
+            lines += ["", title, "", *(table if mine else [NOT_RUN])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Write one line for each variant and task; empty where nothing was run."""
+    plain = ("stage", "task", "variant", "status", "lr", "lr_at_edge", "seconds_per_step")
+    lists = ("losses", "to_paper", "to_best")
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*plain, "seeds", *(f"{name}_{what}" for name in lists for what in ("mean", "sd"))])
+        for row in rows:
+            numbers = [number for name in lists for number in moments(getattr(row, name)) or ("", "")]
+            writer.writerow([*(getattr(row, name) for name in plain), len(row.losses), *numbers])
+
+
+def draw(plan: Plan, rows: Sequence[Row], path: Path) -> None:
+    """Draw the paired differences of the factors and of stage 2; the reference lines are far away, in the table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [r for r in rows if r.variant not in {v.name for v in (matrix.PAPER, *matrix.REFERENCES)}]
+    names = list(dict.fromkeys(r.variant for r in shown))
+    size = 2.5 + 4 * len(plan.tasks), 1.4 + 0.34 * len(names)
+    figure, grid = pyplot.subplots(1, len(plan.tasks), squeeze=False, sharey=True, figsize=size)
+    for axes, task in zip(grid[0], plan.tasks, strict=True):
+        for row in (r for r in shown if r.task == task.name):
+            height, found = names.index(row.variant), moments(row.to_paper)
+            if found is None:
+                axes.annotate(row.status, (0, height), color="grey", va="center")
+                continue
+            error = found[1] / math.sqrt(len(row.to_paper))
+            axes.errorbar(found[0], height, xerr=error, fmt="o", capsize=3, color=f"C{row.stage - 1}")
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set(title=task.name, ylim=(len(names) - 0.5, -0.5), xlabel="held-out loss minus the paper's setting")
+        axes.set_yticks(range(len(names)), names)
+        axes.grid(axis="x", alpha=0.3)
+        axes.locator_params(axis="x", nbins=5)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def report(results: Mapping[str, Result], plan: Plan, *, folder: Path, table: Path) -> None:
+    """Write summary, tables and figure."""
+    rows = make_rows(plan, results)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(rows, folder / "summary.csv")
+    write_tables(plan, rows, results, table)
+    draw(plan, rows, folder / "ablation.png")
+
+
+def main() -> int:
+    """Return the exit code."""
+    parser = argparse.ArgumentParser(description="Tables and figure of the ablation, from its result files.")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result files (%(default)s)")
+    parser.add_argument("--table", type=Path, default=TABLE, help="Markdown file (%(default)s)")
+    options = parser.parse_args()
+    results = read_results(options.output)
+    report(results, plan_of(results), folder=options.output, table=options.table)
+    print(
+        f"{len(results)} results: {options.output / 'summary.csv'}, {options.output / 'ablation.png'}, {options.table}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

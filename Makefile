@@ -8,10 +8,10 @@ MODEL := models/SmolLM2-135M-Instruct/crosslore_model.json
 EXTRAS := llamafactory,eval,bnb,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format model data clean
+.PHONY: help setup demo test check format model benchmark ablation data clean
 
 help: ## List the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## Install everything into .venv with the tested versions (7 GB, a few minutes; once)
 
@@ -40,10 +40,18 @@ check: $(STAMP) ## Format, lint, types and size limits
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(PY) scripts/check_sizes.py
+	$(PY) scripts/make_methods_table.py --check
 
 format: $(STAMP) ## Format the code
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+benchmark: $(STAMP) $(MODEL) ## Measure step time, memory, subspace error and time split against the peers (1 hour on 2 idle cores; resumable)
+	$(PY) benchmarks/run.py $(BENCHMARK_ARGS)
+
+ablation: $(STAMP) $(MODEL) ## Fine-tune with one choice changed at a time, E2E and GSM8K (3 hours on 2 idle cores; resumable; needs make data)
+	$(PY) benchmarks/ablation.py $(ABLATION_ARGS)
+	$(PY) benchmarks/ablation_report.py
 
 data: $(STAMP) ## Prepare GSM8K, MAWPS and E2E for training (SOURCE=folder; from the hub without MAWPS)
 	$(PY) scripts/prepare_data.py $(if $(SOURCE),--source $(SOURCE))

@@ -48,10 +48,10 @@ class LowRankConfig:
     projector: str = "randomized"
     # How `power` fits its first basis, when there is none to start from.
     first_fit: Literal["randomized", "svd"] = "randomized"
-    # Extra sketch columns of `randomized` (p in Halko et al. 2011); >= 0. Their recommendation: 5 to 10.
+    # Extra columns of `randomized` and `power` (p in Halko et al. 2011); >= 0. Their recommendation: 5 to 10.
     oversampling: int = 8
-    # Power iterations of `randomized` (q in Halko et al. 2011); >= 0. Two reach 99.8 % of the best energy.
-    power_iterations: int = 2
+    # Passes of `randomized` after its first one (q in Halko et al. 2011), all passes of `power`; >= 0.
+    power_iterations: int = 1
     # Which heads a shared basis is fitted to: drawn at random (paper), or those whose gradient is largest.
     head_choice: Literal["random", "energy"] = "random"
     # Steps whose gradients a new basis is fitted to: 1: the refresh's own (papers); w > 1: the w before it.
@@ -103,7 +103,7 @@ class LowRankConfig:
         check_float("scale", self.scale, low=0.0, low_open=True, hint="It is the paper's alpha, e.g. 32.")
         check_int("refresh_every", self.refresh_every, low=1, hint="200 is GaLore's default.")
         check_int("oversampling", self.oversampling, low=0, hint="8 is the default.")
-        check_int("power_iterations", self.power_iterations, low=0, hint="2 is the default.")
+        check_int("power_iterations", self.power_iterations, low=0, hint="1 is the default.")
         check_float("residual_ratio", self.residual_ratio, low=0.0, high=1.0, hint="The paper uses 0.012; 0: off.")
         check_int("warmup_steps", self.warmup_steps, low=0, hint="100 is the default.")
         check_int("fit_window", self.fit_window, low=1, hint="1 is the papers' choice, 4 sums four steps.")

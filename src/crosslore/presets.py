@@ -49,8 +49,6 @@ PRESETS: dict[str, Preset] = {
     "crosslore_plus": Preset(
         config=LowRankConfig(
             projector="power",
-            oversampling=0,
-            power_iterations=1,
             fit_window=4,
             moments="rotate",
             residual_rule="exact",
@@ -66,7 +64,6 @@ PRESETS: dict[str, Preset] = {
             projector="power",
             first_fit="svd",
             oversampling=0,
-            power_iterations=1,
             fit_momentum=0.908,
             refresh_every=1,
             square_side="left",

@@ -33,6 +33,4 @@ class Power(Projector):
         if extra > 0:
             drawn = torch.randn(matrix.shape[0], extra, generator=generator, dtype=matrix.dtype, device="cpu")
             basis = torch.cat([basis, drawn.to(matrix.device)], dim=1)
-        if self.power_iterations:
-            basis = matrix @ (matrix.mT @ basis)
-        return iterated(matrix, basis, layout.rank, iterations=max(0, self.power_iterations - 1))
+        return iterated(matrix, basis, layout.rank, passes=self.power_iterations)

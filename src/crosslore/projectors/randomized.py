@@ -11,42 +11,45 @@ from crosslore.projectors.base import Projector, oriented
 
 @dataclass(frozen=True)
 class Randomized(Projector):
-    """Leading singular vectors from a random sketch; O(m n (r + oversampling)) per pass."""
+    """Leading singular vectors from a random start; two products with the gradient for each pass."""
 
-    # Extra sketch columns (p) and power iterations (q); see LowRankConfig.
+    # Extra columns (p) and power iterations (q) after the first pass; see LowRankConfig.
     oversampling: int = 8
-    power_iterations: int = 2
+    power_iterations: int = 1
 
     def fit(self, grad: Tensor, layout: MatrixLayout, *, previous: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Return an orthonormal P close to U[:, :r]: Halko et al., Algorithms 4.4 and 5.1."""
+        """Return an orthonormal P close to U[:, :r]."""
         matrix = oriented(grad, layout)  # A, (m, n)
         width = layout.rank + self.oversampling  # l = r + p
         if min(matrix.shape) <= width:
             return thin_basis(matrix, layout.rank)
-        sketch = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype, device="cpu")
-        basis = matrix @ sketch.to(matrix.device)  # Y = A Omega
-        return iterated(matrix, basis, layout.rank, iterations=self.power_iterations)
+        start = torch.randn(matrix.shape[0], width, generator=generator, dtype=matrix.dtype, device="cpu")
+        return iterated(matrix, start.to(matrix.device), layout.rank, passes=1 + self.power_iterations)
 
 
-def iterated(matrix: Tensor, basis: Tensor, rank: int, *, iterations: int) -> Tensor:
-    """Return the r leading directions of A's column space, from A and a basis Y of a guess at it.
+def iterated(matrix: Tensor, basis: Tensor, rank: int, *, passes: int) -> Tensor:
+    """Return the r leading directions of A's column space by subspace iteration from a start.
+
+    Halko et al., Algorithms 4.4 and 5.1, applied to A^T: the last product is A Q itself, whose SVD orders the
+    directions, so that no further pass over A is needed for it.
 
     Args:
         matrix: A, (m, n).
-        basis: Y, (m, l) with l >= rank; any full-rank columns.
+        basis: start, (m, l) with l >= rank; any full-rank columns.
         rank: r, the columns that come back.
-        iterations: passes Q <- orth(A orth(A^T Q)), re-orthonormalised as in Algorithm 4.4.
+        passes: times Y <- A orth(A^T orth(Y)).
     """
     q: Tensor
-    q, _ = torch.linalg.qr(basis)
-    for _ in range(iterations):
-        q, _ = torch.linalg.qr(matrix.mT @ q)
-        q, _ = torch.linalg.qr(matrix @ q)
+    r_factor: Tensor
+    q, r_factor = basis, basis
+    for _ in range(passes):
+        rows = torch.linalg.qr(matrix.mT @ q).Q
+        q, r_factor = torch.linalg.qr(matrix @ rows)
+    if not passes:
+        return torch.linalg.qr(basis[:, :rank]).Q  # type: ignore[no-any-return]
     if q.shape[1] == rank:
         return q
-    # B = Q^T A is (l, n); its left singular vectors order the columns of Q by energy. QR first: the SVD is l x l.
-    r_factor = torch.linalg.qr(matrix.mT @ q, mode="r").R  # B^T = Q' R, so B = R^T Q'^T
-    u: Tensor = torch.linalg.svd(r_factor.mT)[0]
+    u: Tensor = torch.linalg.svd(r_factor)[0]  # l x l
     return q @ u[:, :rank]
 
 

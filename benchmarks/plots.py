@@ -157,6 +157,18 @@ def subspace_error(rows: list[Row]) -> "Figure":
     return figure
 
 
+def kept_positions(rows: list[Row]) -> "Figure":
+    """Draw the share of later residual energy that each choice of positions holds."""
+    kinds = list(dict.fromkeys(row["weight"] for row in rows))
+    title = f"Energy of later residuals at the kept {float(rows[0]['ratio']):.1%} of positions"
+    figure, axes = canvas([len(rows) // len(kinds)], len(kinds), rows, title)
+    for one, kind in zip(axes[0], kinds, strict=True):
+        mine = [row for row in rows if row["weight"] == kind]
+        names = [row["choice"] for row in mine]
+        bars(one, names, numbers(mine, "share_median", factor=100), label=f"{kind}: percent, median", colors=OURS)
+    return figure
+
+
 def time_split(rows: list[Row]) -> "Figure":
     """Draw the phases of an amortised step as stacked bars: of training, and of the optimizer alone."""
     phases = ("forward", "backward", "fit", "project", "update", "project_back", "residual", "other")
@@ -190,7 +202,7 @@ def time_split(rows: list[Row]) -> "Figure":
     return figure
 
 
-DRAWINGS = {f.__name__: f for f in (step_time, refresh_time, memory, subspace_error, time_split)}
+DRAWINGS = {f.__name__: f for f in (step_time, refresh_time, memory, subspace_error, kept_positions, time_split)}
 
 
 def draw_all(out: Path, parts: Sequence[str] = tuple(DRAWINGS)) -> list[Path]:

@@ -7,6 +7,7 @@
     a  step_time, refresh_time   seconds of an optimizer step, and of one refresh against an SVD
     b  memory                    bytes of state, and temporary bytes of a step
     c  subspace_error            what a basis misses of real gradients (the paper's Figure 2b)
+       kept_positions            which positions the sparse residual should keep
     d  time_split                forward, backward and the phases of the optimizer (the paper's Figure 2a)
 
 Every measurement is on the disk when it is finished: stop with Ctrl-C, and the same command goes on from there. What
@@ -28,11 +29,11 @@ from common import ROOT, Options
 PARTS = {
     "a": ("step_time", "refresh_time"),
     "b": ("memory",),
-    "c": ("subspace_error",),
+    "c": ("subspace_error", "kept_positions"),
     "d": ("time_split",),
 }
 # Parts that run the embedded model.
-WITH_MODEL = ("subspace_error", "time_split")
+WITH_MODEL = ("subspace_error", "kept_positions", "time_split")
 
 
 def chosen(text: str | None) -> list[str]:
@@ -99,7 +100,7 @@ def check(parts: Sequence[str], options: Options) -> None:
         importlib.import_module("contenders").contenders(options)
     if options.profile != "tiny" and set(parts) & set(WITH_MODEL):
         real_model.check_model()
-        if "subspace_error" in parts:
+        if {"subspace_error", "kept_positions"} & set(parts):
             real_model.find_rows(options)
 
 

@@ -14,7 +14,7 @@ from crosslore import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("galore", "crosslore_plus", "galore-torch", "torch AdamW fused")
-FILES = ("step_time", "refresh_time", "memory", "subspace_error", "time_split")
+FILES = ("step_time", "refresh_time", "memory", "subspace_error", "kept_positions", "time_split")
 ENVIRONMENT = {"profile", "device", "threads", "dtype", "torch", "packages", "source", "python", "commit", "date"}
 
 
@@ -81,6 +81,13 @@ def test_memory_counts_the_state_exactly(bench, finished):
     assert int(adamw["state_bytes"]) == 2 * 4 * elements + 4 * weights
     assert float(adamw["state_over_adamw"]) == 1 > float(rows["galore"]["state_over_adamw"])
     assert int(rows["galore"]["refresh_temporary_bytes"]) > int(rows["galore"]["step_temporary_bytes"])
+
+
+def test_no_choice_of_positions_holds_more_than_the_later_energy_itself(bench, finished):
+    rows = bench("common").read_rows(finished / "kept_positions.csv")
+    for kind in ("q_proj", "k_proj"):
+        share = {row["choice"]: float(row["share_median"]) for row in rows if row["weight"] == kind}
+            assert max(share, key=share.get) == "later"
 
 
 def test_subspace_error_orders_the_bases(bench, finished):

@@ -87,7 +87,7 @@ def test_no_choice_of_positions_holds_more_than_the_later_energy_itself(bench, f
     rows = bench("common").read_rows(finished / "kept_positions.csv")
     for kind in ("q_proj", "k_proj"):
         share = {row["choice"]: float(row["share_median"]) for row in rows if row["weight"] == kind}
-            assert max(share, key=share.get) == "later"
+        assert max(share, key=share.get) == "later"
 
 
 def test_subspace_error_orders_the_bases(bench, finished):

@@ -6,6 +6,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 MODEL := models/SmolLM2-135M-Instruct/crosslore_model.json
 EXTRAS := llamafactory,eval,bnb,dev
+PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format model benchmark ablation data clean
@@ -33,7 +34,7 @@ demo: $(STAMP) $(MODEL) ## Set up, fine-tune the embedded model, evaluate before
 
 test: $(STAMP) $(MODEL) ## Set up and run all checks and tests (PYTEST_ARGS="..." selects)
 	@$(MAKE) --no-print-directory check
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(PYTEST_ARGS)  # small tensors: more threads only wait
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)  # small tensors: more threads only wait
 
 check: $(STAMP) ## Format, lint, types and size limits
 	$(VENV)/bin/ruff format --check .

@@ -2,7 +2,8 @@
 
 Share of the energy |dG|^2 of later gradients, dG = G - G P P^T, that the kept 1.2 % of a weight's entries hold, by what
 the choice was made on. SmolLM2-135M-Instruct on batches of 4 rows of E2E as in `subspace_error`; P is the exact basis
-of the first batch at rank 16; the choice sees 8 batches, the share is of 6 later ones. Medians and quartiles over layers.
+of the first batch at rank 16; the choice sees 8 batches, the share is of 6 later ones. Medians and quartiles are over
+layers.
 
 | choice | ranks positions by |
 |---|---|

@@ -16,7 +16,7 @@ from crosslore.config import Hyper, LowRankConfig, check_hyper
 from crosslore.layerwise import Layerwise
 from crosslore.layout import Block, MatrixLayout, shorter_side, stagger_
 from crosslore.registry import unknown_name
-from crosslore.stepping import Item, step_items
+from crosslore.stepping import Item, complete_state_, step_items
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +201,9 @@ class LowRankOptimizer(Optimizer):
         finally:
             capture.remove()
         restore_dtypes(self, seen[-1])
+        for g, group in enumerate(self.param_groups):
+            for i in range(len(group["params"])):
+                complete_state_(self.item(g, i))
         if self.layerwise is not None:
             self.layerwise.forget()
 

@@ -141,6 +141,15 @@ def wait(item: Item, grad: Tensor) -> None:
             write_back(item.state, block.key, fresh)
 
 
+def complete_state_(item: Item) -> None:
+    """Add the tensors that a checkpoint of an older version lacks, as they are before the first step."""
+    if item.state.keys() <= {"step"}:
+        return
+    for block in item.blocks:
+        fresh = init_state(block.take(item.weight), method_of(item.config, block), block.layout)
+        write_back(item.state, block.key, fresh | block_state(item.state, block.key))
+
+
 def needs_whole_gradient(method: Method) -> bool:
     """Return whether the method cannot do with compact parts of a gradient."""
     return method.residual is not None and method.residual.needs_whole_gradient

@@ -37,7 +37,8 @@ def ordinary_step_(
     exp_avg_sq.add_((low * low - exp_avg_sq) * lerp2)  # Eq. 7
     update = update_factor * exp_avg / ((exp_avg_sq.sqrt() / root + eps) * correction)
     update, basis = update.to(weight.dtype), basis.to(weight.dtype)
-    weight.copy_(weight_factor.to(weight.dtype) * weight + (basis @ update if left else update @ basis.mT))
+    product = basis @ update if left else update @ basis.mT
+    weight.copy_(weight_factor * weight.float() + product.float())  # rounded once
 
 
 def step_numbers(hp: Hyper, t: int, eps_placement: str, device: torch.device) -> Tensor:
@@ -66,4 +67,4 @@ def suits(method: Method, hp: Hyper, grad: Tensor, t: int) -> bool:
 @lru_cache(maxsize=1)
 def compiled_step() -> Any:  # Any: torch.compile's own callable
     """Return the compiled function; torch's compiler is loaded here and not before."""
-    return torch.compile(ordinary_step_, fullgraph=True, dynamic=True)
+    return torch.compile(ordinary_step_, dynamic=True)  # beyond the compiler's limit of graphs it runs as it is

@@ -143,6 +143,16 @@ class LowRankConfig:
             raise ValueError(
                 f"fit_window must be at most refresh_every ({self.refresh_every}), got {self.fit_window}. Lower it."
             )
+        if self.projector == "power" and self.power_iterations == 0:
+            raise ValueError(
+                "power_iterations must be at least 1 for projector 'power', got 0: the basis would never change. "
+                "Use 1, as LDAdam does."
+            )
+        if self.projector in ("gaussian", "random") and self.cross_head_targets:
+            raise ValueError(
+                f"cross_head_targets must be None for projector {self.projector!r}, got {self.cross_head_targets!r}: "
+                "such a basis looks at no head. Set it to None."
+            )
         if self.projector == "gaussian" and self.moments == "rotate":
             raise ValueError(
                 "moments='rotate' needs an orthonormal basis, got projector='gaussian'. "

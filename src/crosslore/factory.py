@@ -60,9 +60,9 @@ def create_optimizer(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_optimizer takes the model itself, got {type(model).__name__}. Pass `model`.")
+    _check_layerwise(layerwise, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, compile=compile)
     chosen = get_preset(preset)
-    while isinstance(model, DistributedDataParallel | nn.DataParallel):
-        model = model.module  # the wrapper hides the config, the output layer and the quantisation
+    model = unwrapped(model)
     options = rule_options(chosen)
     config = _override(chosen.config, options, overrides)
     _refuse_unsupported(model)
@@ -71,11 +71,6 @@ def create_optimizer(
     frozen = ends if config.embeddings == "frozen" else set()
     weights = [(plain_name(n), p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in frozen]
     groups = _groups(weights, low_rank, weight_decay=options["weight_decay"])
-    if not layerwise and (accumulation_steps != 1 or max_grad_norm is not None):
-        raise ValueError(
-            "accumulation_steps and max_grad_norm are for layerwise=True, got layerwise=False. Call backward several "
-            "times and torch.nn.utils.clip_grad_norm_ before step(), or set layerwise=True."
-        )
     optimizer = LowRankOptimizer(groups, lr=lr, **options, config=config, foreach=foreach, compile=compile)
     if layerwise:
         attach_layerwise(optimizer, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, clip=clip)
@@ -83,6 +78,26 @@ def create_optimizer(
         weight.requires_grad_(weight.requires_grad and id(weight) not in frozen)
     _log_summary(preset, config, low_rank, total=len(weights))
     return optimizer
+
+
+def _check_layerwise(layerwise: bool, *, accumulation_steps: int, max_grad_norm: float | None, compile: bool) -> None:
+    """Raise a ValueError for options that go with layerwise only, or not with it."""
+    if not layerwise and (accumulation_steps != 1 or max_grad_norm is not None):
+        raise ValueError(
+            "accumulation_steps and max_grad_norm are for layerwise=True, got layerwise=False. Call backward several "
+            "times and torch.nn.utils.clip_grad_norm_ before step(), or set layerwise=True."
+        )
+    if layerwise and compile:
+        raise ValueError("compile must be False for layerwise=True, got True: weights step one by one. Leave one out.")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside wrappers, which hide its config, its output layer and the quantisation."""
+    while isinstance(model, DistributedDataParallel | nn.DataParallel) or hasattr(model, "_orig_mod"):
+        inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model
 
 
 def _override(config: LowRankConfig, options: dict[str, Any], overrides: dict[str, Any]) -> LowRankConfig:

@@ -11,8 +11,10 @@ from crosslore.config import Hyper
 from crosslore.layout import MatrixLayout
 from crosslore.moments.base import Refresh
 from crosslore.projectors.base import Projector
+from crosslore.projectors.gaussian import RandomOrthonormal
 from crosslore.projectors.randomized import Randomized
 from crosslore.refresh import draw_generator
+from crosslore.rules.base import state_dtype
 
 if TYPE_CHECKING:
     from crosslore.step import Method
@@ -23,6 +25,8 @@ State = dict[str, Tensor]
 
 # What takes over when a factorisation does not converge: a sketch and QR, which cannot fail on finite numbers.
 FALLBACK = Randomized(power_iterations=0, oversampling=0)
+# The first basis of a matrix whose gradient is all zero then.
+UNKNOWN = RandomOrthonormal()
 # Fallbacks so far in this process, by weight; the first one is logged.
 fallbacks: Counter[str] = Counter()
 
@@ -70,16 +74,20 @@ def fit_stacked(
     """Return the bases of all stacked matrices, each with its own draws; of a single matrix just its own."""
     if not layout.batch:
         draws = draw_generator(seed, name, number)
+        if old is None and projector.fitted and not bool(grad.any()):  # the part of a fused weight that got none
+            return UNKNOWN.fit(grad, layout, previous=None, generator=draws)
         return fit_safely(projector, grad, layout, old, draws, name)
     parts = grad.flatten(0, -3)
     olds = [None] * len(parts) if old is None else list(old.flatten(0, -3))
-    bases = [
-        fit_safely(projector, part, layout, previous, draw_generator(seed, f"{name}.{i}", number), f"{name}.{i}")
-        # A matrix of zeros, an expert without tokens, says nothing about a basis.
-        if previous is None or bool(part.any())
-        else previous.to(torch.float32)
-        for i, (part, previous) in enumerate(zip(parts, olds, strict=True))
-    ]
+    bases = []
+    for i, (part, previous) in enumerate(zip(parts, olds, strict=True)):
+        draws = draw_generator(seed, f"{name}.{i}", number)
+        if bool(part.any()):
+            bases.append(fit_safely(projector, part, layout, previous, draws, f"{name}.{i}"))
+        elif previous is not None:  # a matrix of zeros, an expert without tokens, says nothing about a basis
+            bases.append(previous.to(state_dtype(part)))
+        else:
+            bases.append(UNKNOWN.fit(part, layout, previous=None, generator=draws))
     return torch.stack(bases).view(layout.basis_shape)
 
 
@@ -97,16 +105,16 @@ def fit_safely(
         report_fallback(name)
     if old is not None:
         return old
-    return torch.eye(*layout.basis_shape[-2:], dtype=torch.float32, device=grad.device)
+    return UNKNOWN.fit(grad, layout, previous=None, generator=draws)
 
 
 def _from_sketch(sketch: Tensor, old: Tensor, name: str) -> Tensor:
-    """Return the basis of a window's sketch; the old one if the sketch says nothing."""
-    basis: Tensor = torch.linalg.qr(sketch).Q
-    if bool(sketch.any()) and bool(basis.isfinite().all()):
-        return basis
-    report_fallback(name)
-    return old
+    """Return the basis of a window's sketch; of stacked ones, the old one where a sketch says nothing."""
+    basis = torch.linalg.qr(sketch).Q
+    usable = (sketch != 0).any((-2, -1), keepdim=True) & basis.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    if not bool(usable.all()):
+        report_fallback(name)
+    return torch.where(usable, basis, old.to(basis.dtype))
 
 
 def report_fallback(name: str) -> None:

@@ -3,27 +3,27 @@
 It is the same optimizer: the hooks step its weights with its groups' options, so learning-rate schedulers,
 `state_dict` and resume work as without it. With gradient accumulation each micro-batch leaves its compact gradient
 (and the gradient at the kept positions of the residual) behind, never the gradient itself; a basis that is due is
-fitted to the first micro-batch.
+fitted to the first micro-batch (with a fit window: to the sketch of the steps before).
 """
 
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from crosslore.accumulation import add_gradient_, keep_compact_parts, norm_of, scale_
 from crosslore.checks import check_choice, check_float, check_int
-from crosslore.residuals.sparse import SparseResidual, kept_positions
-from crosslore.rules.base import state_dtype
-from crosslore.step import collect_sketch_, method_of
+from crosslore.step import method_of
 from crosslore.stepping import (
     Item,
     Pending,
     advance,
     begin,
     finish,
+    full_precision,
     full_step,
     needs_whole_gradient,
     steps_done,
@@ -47,8 +47,6 @@ class Collected:
     """What the micro-batches of one step have left of a low-rank weight's gradient."""
 
     pendings: list[Pending] = field(default_factory=list)
-    # Squared norm of the last gradient.
-    square: float = 0.0
 
 
 class Layerwise:
@@ -63,10 +61,17 @@ class Layerwise:
         self.max_grad_norm, self.clip = max_grad_norm, clip
         self._collected: dict[Tensor, Collected] = {}
         self._counts: dict[Tensor, int] = {}
+        # Norm of each weight's last gradient.
+        self._norms: dict[Tensor, float] = {}
         self._squares: list[float] = []
         self._poisoned: set[Tensor] = set()
-        weights = [p for group in optimizer.param_groups for p in group["params"]]
-        self._handles = [p.register_post_accumulate_grad_hook(self._on_gradient) for p in weights]
+        self._handles: list[Any] = []  # Any: torch's handles
+        self.watch([p for group in optimizer.param_groups for p in group["params"]])
+
+    def watch(self, weights: list[Tensor]) -> None:
+        """Register the hooks of trained weights; frozen ones have no gradient."""
+        trained = [weight for weight in weights if weight.requires_grad]
+        self._handles += [weight.register_post_accumulate_grad_hook(self._on_gradient) for weight in trained]
 
     def detach(self) -> None:
         """Remove the hooks; the optimizer then steps in `step()` as usual. What was collected is stepped first."""
@@ -76,6 +81,7 @@ class Layerwise:
         self.optimizer.layerwise = None
 
     @torch.no_grad()
+    @full_precision()
     def _on_gradient(self, weight: Tensor) -> None:
         """Take one micro-batch's gradient of a weight; step it if it is the last one."""
         if weight.numel() == 0:
@@ -91,27 +97,26 @@ class Layerwise:
         assert grad is not None
         if grad.is_sparse:
             raise RuntimeError("sparse gradients are not supported. Use nn.Embedding(sparse=False).")
-        norm = norm_of(grad)
+        norm = self._norms[weight] = norm_of(grad)
         if not math.isfinite(norm):
             self._poisoned.add(weight)
         if not item.blocks:
             return
         weight.grad = None
         held = self._collected.setdefault(weight, Collected())
-        held.square = norm * norm
         if weight in self._poisoned or (norm == 0 and (held.pendings or item.due_next())):
             return
         if held.pendings:
             for pending in held.pendings:
                 add_gradient_(pending, grad)
         else:
-            held.pendings = self._begin(item, grad)
+            held.pendings = self._begin(item, grad, norm)
 
-    def _begin(self, item: Item, grad: Tensor) -> list[Pending]:
+    def _begin(self, item: Item, grad: Tensor, norm: float) -> list[Pending]:
         """Return the blocks of the first micro-batch; of several, only the compact parts live on."""
         whole = any(needs_whole_gradient(method_of(item.config, block)) for block in item.blocks)
         if whole and self.max_grad_norm is not None:
-            grad.mul_(self._clip_factor(norm_of(grad)))
+            grad.mul_(self._clip_factor(norm))
         t = steps_done(item.state) + 1
         pendings = list(begin(item, grad, t))
         if self.accumulation_steps > 1:
@@ -132,7 +137,7 @@ class Layerwise:
         elif held is not None:
             wait(item, torch.zeros_like(weight))
         elif grad is not None:
-            norm = norm_of(grad)
+            norm = self._norms[weight]  # of what `.grad` has accumulated
             self._squares.append(norm * norm)
             if self.max_grad_norm is not None:
                 grad.mul_(self._clip_factor(norm))
@@ -140,10 +145,14 @@ class Layerwise:
         weight.grad = None
 
     def _flush_compact(self, item: Item, held: Collected) -> None:
-        lows = [pending.ctx.low for pending in held.pendings]
-        compact = sum(norm_of(low) ** 2 for low in lows)
-        self._squares.append(held.square if self.accumulation_steps == 1 else compact)
-        factor = self._clip_factor(math.sqrt(compact)) if self.max_grad_norm is not None else 1.0
+        clips = self.max_grad_norm is not None and self.clip == "weight"
+        if clips or self.accumulation_steps > 1:  # else nobody asks for it, and it waits for the device
+            compact = math.sqrt(sum(norm_of(pending.ctx.low) ** 2 for pending in held.pendings))
+        else:
+            compact = 0.0
+        norm = self._norms[item.weight] if self.accumulation_steps == 1 else compact
+        self._squares.append(norm * norm)
+        factor = self._clip_factor(compact) if self.max_grad_norm is not None else 1.0
         advance(item.state)
         for pending in held.pendings:
             if factor < 1 and not needs_whole_gradient(pending.method):
@@ -157,6 +166,7 @@ class Layerwise:
         return min(1.0, self.max_grad_norm / (reference + EPS))
 
     @torch.no_grad()
+    @full_precision()
     def finish_micro_batches(self) -> None:
         """Step the weights that have seen fewer micro-batches than expected."""
         for weight in list(self._counts):
@@ -171,7 +181,7 @@ class Layerwise:
 
     def forget(self) -> None:
         """Drop what was collected, e.g. because another state is loaded."""
-        self._collected, self._counts, self._squares, self._poisoned = {}, {}, [], set()
+        self._collected, self._counts, self._norms, self._squares, self._poisoned = {}, {}, {}, [], set()
 
     def grad_norm(self) -> float:
         """Return the norm of the gradient of the step in progress or, after it, of the last one; before clipping.
@@ -211,6 +221,14 @@ def attach_layerwise(
     check_choice("clip", clip, ("weight", "stale-global"))
     if max_grad_norm is not None:
         check_float("max_grad_norm", max_grad_norm, low=0.0, low_open=True, hint="None switches clipping off.")
+    for weight in (p for group in optimizer.param_groups for p in group["params"]):
+        hooks = (getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values()
+        other = next((owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Layerwise)), None)
+        if other is not None and other.optimizer is not optimizer:
+            raise ValueError(
+                f"a weight of shape {tuple(weight.shape)} steps inside backward for another optimizer already. Call "
+                "that one's `layerwise.detach()` first, or load the model anew."
+            )
     if optimizer.layerwise is not None:
         raise ValueError("the optimizer is layerwise already. Call `optimizer.layerwise.detach()` first.")
     if (
@@ -238,49 +256,3 @@ def _refuse_whole_gradients(optimizer: "LowRankOptimizer", accumulation_steps: i
                 f"{accumulation_steps}: it needs the sum of all gradients of a step, not their compact parts. "
                 "Use a larger batch, or step with full gradients."
             )
-
-
-def norm_of(tensor: Tensor) -> float:
-    """Return the norm, computed in fp32 at least; waits for the device."""
-    return float(torch.linalg.vector_norm(tensor, dtype=state_dtype(tensor)))
-
-
-def keep_compact_parts(pending: Pending) -> None:
-    """Replace the gradient by its entries at the kept positions, and collect what the warm-up of a residual needs."""
-    ctx, grad = pending.ctx, pending.ctx.grad
-    assert grad is not None
-    ctx.kept, ctx.grad = compact_parts(pending, grad, ctx.low), None
-
-
-def compact_parts(pending: Pending, grad: Tensor, low: Tensor) -> Tensor | None:
-    """Return the gradient at the kept positions while the residual is active."""
-    residual, ctx = pending.method.residual, pending.ctx
-    if not isinstance(residual, SparseResidual):
-        return None
-    if residual.residual_select == "residual" and ctx.t <= max(1, residual.warmup_steps):
-        residual.collect_(grad, low, ctx.basis, ctx.state, ctx.layout)
-    if not residual.active(ctx.t):
-        return None
-    rows, cols = kept_positions(ctx.state, ctx.layout)
-    return grad[rows, cols].to(ctx.state["res_avg"].dtype)
-
-
-def add_gradient_(pending: Pending, whole: Tensor) -> None:
-    """Add a further micro-batch to the compact parts."""
-    ctx, grad = pending.ctx, pending.block.take(whole)
-    low = pending.method.projector.project(grad, ctx.basis, ctx.layout)
-    ctx.low += low
-    kept = compact_parts(pending, grad, low)
-    if kept is not None and ctx.kept is not None:
-        ctx.kept += kept
-    collect_sketch_(ctx, grad, low, pending.method, name=ctx.name)
-
-
-def scale_(pending: Pending, factor: float) -> None:
-    """Multiply what a step knows of the gradient by a factor."""
-    ctx = pending.ctx
-    ctx.low.mul_(factor)
-    if ctx.kept is not None:
-        ctx.kept.mul_(factor)
-    elif ctx.grad is not None:
-        ctx.grad.mul_(factor)

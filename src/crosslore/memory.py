@@ -34,39 +34,46 @@ def state_bytes(optimizer: LowRankOptimizer) -> int:
         for i, weight in enumerate(group["params"]):
             blocks = optimizer.item(g, i).blocks
             total += 4 + sum(block_bytes(block, config, weight.dtype) for block in blocks)
-            total += 0 if blocks else rule_bytes(config.rule, tuple(weight.shape))
+            total += 0 if blocks else rule_bytes(config.rule, tuple(weight.shape), weight.dtype)
     return total
 
 
 def block_bytes(block: Block, config: LowRankConfig, dtype: torch.dtype) -> int:
     """Return the bytes of one low-rank matrix's state, all stacked ones together."""
-    layout = block.layout
+    layout, wide = block.layout, state_itemsize(dtype)
     entries = math.prod(layout.batch) * layout.rows * layout.cols
     basis = math.prod(layout.basis_shape)
     total = 0
     if config.projector != "gaussian":
-        total += basis * (4 if config.basis_dtype == "float32" else dtype.itemsize)
+        total += basis * (max(4, dtype.itemsize) if config.basis_dtype == "float32" else dtype.itemsize)
     if config.fit_window > 1:
-        total += 4 * basis
+        total += wide * basis
     if config.residual != "flora":
-        total += rule_bytes(config.rule, layout.low_shape)
+        total += rule_bytes(config.rule, layout.low_shape, dtype)
     if config.residual == "sparse" and block.residual and config.residual_ratio > 0:
-        total += 12 * max(1, round(config.residual_ratio * entries))
-        total += 4 * (layout.rows + layout.cols) if config.residual_select == "residual" else 0
+        total += (4 + 2 * wide) * max(1, round(config.residual_ratio * entries))
+        total += wide * (layout.rows + layout.cols) if config.residual_select == "residual" else 0
     elif config.residual in ("norm_scaled", "scaled_gradient"):
-        total += 4
+        total += wide
     elif config.residual == "error_feedback":
         total += entries * dtype.itemsize
     elif config.residual == "flora":
-        total += 4 * math.prod(layout.batch) * (layout.rows + layout.cols) + 4 * math.prod(layout.low_shape)
+        total += wide * (math.prod(layout.batch) * (layout.rows + layout.cols) + math.prod(layout.low_shape))
     return total
 
 
-def rule_bytes(rule: str, shape: tuple[int, ...]) -> int:
-    """Return the bytes of a rule's state for a tensor of this shape; fp32 and 8-bit moments."""
-    entries = math.prod(shape)
+def rule_bytes(rule: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
+    """Return the bytes of a rule's state for a tensor of this shape; fp32 (fp64 for fp64 weights) or 8-bit moments."""
+    entries, wide = math.prod(shape), state_itemsize(dtype)
     if rule.endswith("8bit") and entries >= MIN_8BIT_SIZE:
         return 2 * entries + 8 * math.ceil(entries / BLOCK_SIZE)
     if rule == "adafactor":
-        return 4 * entries if len(shape) < 2 else 4 * (math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1])
-    return (4 if rule in ("adagrad", "sgd") else 8) * entries
+        return wide * (entries if len(shape) < 2 else math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1])
+    if rule.endswith("8bit"):
+        wide = 4
+    return (1 if rule in ("adagrad", "sgd") else 2) * wide * entries
+
+
+def state_itemsize(dtype: torch.dtype) -> int:
+    """Return the bytes of one entry of a moment."""
+    return max(4, dtype.itemsize)

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -12,11 +11,11 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from crosslore.checkpoint import check_same_structure, restore_dtypes
-from crosslore.config import Hyper, LowRankConfig, check_hyper
+from crosslore.config import LowRankConfig, check_hyper
+from crosslore.groups import default_blocks, hyper_of, largest_entries, plain, refuse_misspelt, refuse_structural_change
 from crosslore.layerwise import Layerwise
-from crosslore.layout import Block, MatrixLayout, shorter_side, stagger_
-from crosslore.registry import unknown_name
-from crosslore.stepping import Item, complete_state_, step_items
+from crosslore.layout import Block, stagger_
+from crosslore.stepping import Item, complete_state_, full_precision, step_items
 
 logger = logging.getLogger(__name__)
 
@@ -67,34 +66,43 @@ class LowRankOptimizer(Optimizer):
         compile: bool = False,
     ) -> None:
         """Build the groups; no state is allocated before the first step."""
-        check_hyper(lr=_plain(lr), betas=betas, eps=eps, weight_decay=weight_decay)
+        check_hyper(lr=plain(lr), betas=betas, eps=eps, weight_decay=weight_decay)
         self.nonfinite_skips: dict[str, int] = {}
         self.layerwise: Layerwise | None = None
         self.foreach, self.compile = foreach, compile
         self._forget()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, **asdict(config or LowRankConfig())})
+        if config is not None and not any(any(group["blocks"]) for group in self.param_groups):
+            logger.warning("No group has a `rank`, so all weights train at full rank. Give the matrices' group one.")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:  # Any: torch's own dict
         """Add a group; it is low-rank if it has a `rank` (or `blocks`, as `create_optimizer` gives)."""
         low_rank = "rank" in param_group
-        _refuse_misspelt(param_group, self.defaults)
+        refuse_misspelt(param_group, self.defaults)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_hyper(**{key: _plain(group[key]) for key in ("lr", "betas", "eps", "weight_decay")})
+            check_hyper(**{key: plain(group[key]) for key in ("lr", "betas", "eps", "weight_decay")})
             if any(p.is_complex() for p in group["params"]):
                 raise ValueError("complex weights are not supported. Use torch.view_as_real for them.")
             config = LowRankConfig.from_group(group)
             if "blocks" not in group:
                 names = self._names(len(self.param_groups) - 1)
                 shapes = zip(names, group["params"], strict=True)
-                group["blocks"] = [_default_blocks(n, p, config) if low_rank else [] for n, p in shapes]
+                group["blocks"] = [default_blocks(n, p, config) if low_rank else [] for n, p in shapes]
             if config.refresh_stagger:
                 stagger_(group["blocks"], config.refresh_every)
         except Exception:
             self.param_groups.pop()
             raise
+        if self.layerwise is not None:
+            self.layerwise.watch(group["params"])
+
+    def __getstate__(self) -> dict[str, Any]:  # Any: torch's own dict
+        """Return what pickling and copying keep; the hooks of layerwise stay with the original."""
+        own = {"foreach": self.foreach, "compile": self.compile, "nonfinite_skips": dict(self.nonfinite_skips)}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # Any: torch's own dict
         """Restore after pickling, copying or loading."""
@@ -110,7 +118,7 @@ class LowRankOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Drop what is derived from the groups."""
-        self._plans: dict[int, list[list[Block]]] = {}
+        self._plans: dict[int, tuple[object, list[list[Block]]]] = {}
         self._configs: dict[int, tuple[tuple[object, ...], LowRankConfig]] = {}
         self._places: dict[int, tuple[int, int]] = {}
 
@@ -160,9 +168,16 @@ class LowRankOptimizer(Optimizer):
         if weight.grad is not None and weight.numel() > 0:
             self._step([(g, i, weight)])
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, and what layerwise has collected of those that have not stepped."""
+        super().zero_grad(set_to_none)
+        if self.layerwise is not None:
+            self.layerwise.forget()
+
+    @full_precision()
     def _step(self, todo: list[tuple[int, int, Tensor]]) -> None:
         grads = [p.grad for _, _, p in todo if p.grad is not None]
-        peaks = _largest_entries(grads)
+        peaks = largest_entries(grads)
         finite = [peak < float("inf") for peak in peaks]  # False for inf and for NaN
         if not all(finite):
             self.count_skips([self._names(g)[i] for (g, i, _), ok in zip(todo, finite, strict=True) if not ok])
@@ -182,7 +197,7 @@ class LowRankOptimizer(Optimizer):
             state=self.state[weight],
             blocks=self._plan(g)[i],
             config=self._config(g),
-            hp=_hyper(group),
+            hp=hyper_of(group),
             name=self._names(g)[i],
             group=g,
         )
@@ -212,13 +227,17 @@ class LowRankOptimizer(Optimizer):
         group = self.param_groups[g]
         values = tuple(group[name] for name in CONFIG_NAMES)
         if g not in self._configs or self._configs[g][0] != values:
-            self._configs[g] = values, LowRankConfig.from_group(group)
+            config = LowRankConfig.from_group(group)
+            if g in self._configs and any(group["blocks"]):
+                refuse_structural_change(self._configs[g][1], config)
+            self._configs[g] = values, config
         return self._configs[g][1]
 
     def place(self, weight: Tensor) -> tuple[int, int]:
         """Return the group of a weight and its index there."""
         found = self._places.get(id(weight))
-        if found is None or self.param_groups[found[0]]["params"][found[1]] is not weight:
+        groups_now = self.param_groups
+        if found is None or found[0] >= len(groups_now) or groups_now[found[0]]["params"][found[1]] is not weight:
             groups = enumerate(self.param_groups)
             self._places = {id(p): (g, i) for g, group in groups for i, p in enumerate(group["params"])}
         if id(weight) not in self._places:
@@ -232,9 +251,11 @@ class LowRankOptimizer(Optimizer):
 
     def _plan(self, g: int) -> list[list[Block]]:
         """Return the blocks of group g's weights, rebuilt from plain values once."""
-        if g not in self._plans:
-            self._plans[g] = [[Block.from_plain(b) for b in blocks] for blocks in self.param_groups[g]["blocks"]]
-        return self._plans[g]
+        plain_blocks = self.param_groups[g]["blocks"]
+        if g not in self._plans or self._plans[g][0] is not plain_blocks:  # a user may remove groups
+            self._plans[g] = plain_blocks, [[Block.from_plain(b) for b in blocks] for blocks in plain_blocks]
+            self._configs.pop(g, None)
+        return self._plans[g][1]
 
     def count_skips(self, names: list[str]) -> None:
         """Count the skipped weights; warn at the first time only."""
@@ -249,47 +270,3 @@ class LowRankOptimizer(Optimizer):
             len(names),
             names[0],
         )
-
-
-def _plain(value: Any) -> Any:  # Any: torch.optim takes a learning rate as a tensor too
-    return value.item() if isinstance(value, Tensor) else value
-
-
-def _refuse_misspelt(group: dict[str, Any], known: dict[str, Any]) -> None:  # Any: torch's own dict
-    """Raise a TypeError for a key that looks like a misspelt option; keys of other tools are left alone."""
-    for key in group:
-        if key not in known and get_close_matches(key, known, n=1, cutoff=0.75):
-            raise TypeError(unknown_name("group option", key, known))
-
-
-def _default_blocks(name: str, weight: Tensor, config: LowRankConfig) -> list[dict[str, Any]]:
-    """Return the plain blocks of a matrix about which only its shape is known."""
-    if weight.dim() != 2:
-        raise ValueError(
-            f"a group with `rank` takes matrices, got {name} with shape {tuple(weight.shape)}. "
-            "Put it into a group without `rank`."
-        )
-    rows, cols = weight.shape
-    side = shorter_side(rows, cols, square=config.square_side)
-    try:
-        layout = MatrixLayout(rows=rows, cols=cols, rank=config.rank, side=side)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    return [Block(layout=layout, residual=config.residual == "sparse").to_plain()]
-
-
-def _hyper(group: dict[str, Any]) -> Hyper:
-    return Hyper(**{f.name: group[f.name] for f in fields(Hyper) if f.name != "lr"}, lr=float(group["lr"]))
-
-
-def _largest_entries(grads: list[Tensor]) -> list[float]:
-    """Return max|G| of each gradient (inf or NaN if it is not finite); one transfer from the device in all."""
-    for grad in grads:
-        if grad.is_sparse:
-            raise RuntimeError("sparse gradients are not supported. Use nn.Embedding(sparse=False).")
-    if not grads:
-        return []
-    ends = (torch.aminmax(grad) for grad in grads)  # one fast pass; NaN comes through, unlike from a sum
-    peaks = [torch.maximum(-low, high) for low, high in ends]
-    peaks_list: list[float] = torch.stack([peak.to(peaks[0].device, torch.float64) for peak in peaks]).tolist()
-    return peaks_list

@@ -12,6 +12,9 @@ from crosslore.targets import Matrix, embedding_weights, matches, matrices, requ
 
 logger = logging.getLogger(__name__)
 
+# Positions are int32.
+LARGEST_RESIDUAL = 2**31 - 1
+
 
 def plan_blocks(model: nn.Module, config: LowRankConfig, *, explicit: frozenset[str]) -> dict[int, list[Block]]:
     """Return the blocks of every low-rank weight, by id of the weight."""
@@ -69,6 +72,11 @@ def _block(name: str, rows: int, cols: int, heads: int | None, config: LowRankCo
     residual = config.residual == "sparse" and (
         config.residual_targets is None or matches(name, config.residual_targets)
     )
+    if residual and rows * cols > LARGEST_RESIDUAL:
+        raise ValueError(
+            f"{name} has {rows} x {cols} entries, the sparse residual counts up to {LARGEST_RESIDUAL}. "
+            "Take it out of `residual_targets`."
+        )
     layout = _layout(name, rows, cols, config, heads=heads if shared and heads else None)
     return Block(layout=layout, cross_head=shared, residual=residual)
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,6 +16,13 @@ from crosslore.residuals.base import StepContext
 from crosslore.step import Method, apply_update_, compact_gradient, fullrank_step, init_state, method_of
 
 State = dict[str, Tensor]
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Switch the caller's autocast off: the products of a step are as precise as its tensors."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +39,10 @@ class Item:
     group: int
 
     def due_next(self) -> bool:
-        """Return whether the next step refits a basis."""
+        """Return whether the next step fits a basis to the gradient."""
         t = steps_done(self.state) + 1
-        return any(method_of(self.config, block).refresh.due(t) for block in self.blocks)
+        methods = (method_of(self.config, block) for block in self.blocks)
+        return any(method.projector.fitted and method.refresh.due(t) for method in methods)
 
 
 @dataclass
@@ -97,7 +106,8 @@ def begin(item: Item, grad: Tensor, t: int) -> Iterator[Pending]:
         method = method_of(item.config, block)
         matrix, part = block.take(grad), block_state(item.state, block.key)
         # Of a fused weight one part may be all zero; asked at a refresh only.
-        may_fit = block.span is None or not method.refresh.due(t) or bool(matrix.any())
+        asked = block.span is not None and method.projector.fitted and method.refresh.due(t)
+        may_fit = not asked or bool(matrix.any())
         name = draw_name(item.name, block.key)
         ctx = compact_gradient(matrix, part, method, block.layout, item.hp, t, name=name, may_fit=may_fit)
         write_back(item.state, block.key, part)

@@ -31,8 +31,8 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """Return the name without what DDP and torch.compile put in front, so that seeds do not depend on them."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+    """Return the name without what torch.compile puts into it, so that seeds do not depend on it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ def matrices(model: nn.Module) -> dict[str, Matrix]:
     seen: set[int] = set()
     for name, module in model.named_modules():
         for matrix_name, matrix in _matrices_of(name, module):
+            if not isinstance(matrix.weight, nn.Parameter):
+                continue  # computed at each access, as under torch.nn.utils.parametrize: what it is made of trains
             if id(matrix.weight) not in seen:
                 seen.add(id(matrix.weight))
                 found[plain_name(matrix_name)] = matrix

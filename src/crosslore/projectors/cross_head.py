@@ -53,13 +53,13 @@ class CrossHead(Projector):
     ) -> None:
         """Add the share of this step's heads; others are drawn at each step of the window."""
         heads = self.chosen(grad, layout, generator)
-        rows, low_rows = (taken(matrix, heads, layout).to(grad.dtype) for matrix in (grad, low))
-        sketch.add_(rows.mT @ low_rows)
+        parts = taken(grad, heads, layout), taken(low, heads, layout)
+        super().sketch_(sketch, *parts, layout, generator=generator)
 
-    def chosen(self, grad: Tensor, layout: MatrixLayout, generator: torch.Generator) -> Tensor:
-        """Return the ceil(r / d_k) heads that are looked at, on the device of the gradient."""
+    def chosen(self, grad: Tensor, layout: MatrixLayout, generator: torch.Generator) -> list[int] | Tensor:
+        """Return the ceil(r / d_k) heads that are looked at; as a tensor if the gradient's device decides."""
         if self.head_choice == "random":
-            return torch.tensor(drawn(layout, generator), device=grad.device)
+            return drawn(layout, generator)
         energy = torch.linalg.vector_norm(grad.unflatten(0, (layout.heads, -1)), dim=(1, 2), dtype=torch.float32)
         heads: Tensor = energy.topk(math.ceil(layout.rank / layout.head_width)).indices
         return heads
@@ -69,10 +69,12 @@ class CrossHead(Projector):
         return taken(grad, self.chosen(grad, layout, generator), layout)
 
 
-def taken(matrix: Tensor, heads: Tensor, layout: MatrixLayout) -> Tensor:
+def taken(matrix: Tensor, heads: list[int] | Tensor, layout: MatrixLayout) -> Tensor:
     """Return the rows of these heads, (number of heads * d_k, cols of `matrix`)."""
-    rows: Tensor = matrix.unflatten(0, (layout.heads, layout.head_width)).index_select(0, heads).flatten(0, 1)
-    return rows
+    blocks: Tensor = matrix.unflatten(0, (layout.heads, layout.head_width))
+    if isinstance(heads, Tensor):
+        return blocks.index_select(0, heads).flatten(0, 1)
+    return torch.cat([blocks[head] for head in heads])
 
 
 def drawn(layout: MatrixLayout, generator: torch.Generator) -> list[int]:

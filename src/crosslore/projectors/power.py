@@ -25,7 +25,7 @@ class Power(Projector):
     def fit(self, grad: Tensor, layout: MatrixLayout, *, previous: Tensor | None, generator: torch.Generator) -> Tensor:
         """Return the improved basis; at the first fit the one of `first_fit`."""
         if previous is None:
-            first = SVD() if self.first_fit == "svd" else Randomized()
+            first = SVD() if self.first_fit == "svd" else Randomized(self.oversampling, self.power_iterations)
             return first.fit(grad, layout, previous=None, generator=generator)
         matrix = oriented(grad, layout)  # A, (m, n)
         basis = previous.to(matrix.dtype)

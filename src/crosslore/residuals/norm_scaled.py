@@ -89,8 +89,16 @@ class ScaledGradient(NormScaled):
 
 
 def add_scaled_(weight: Tensor, grad: Tensor, scaling: Tensor, *, factor: float) -> None:
-    """Add factor * scaling * G to the weight; in groups of rows where G is of another dtype and must be converted."""
-    scaling = scaling.to(weight.dtype).expand(weight.shape)
-    rows = len(weight) if grad.dtype == weight.dtype else max(1, PIECE * len(weight) // weight.numel())
+    """Add factor * scaling * G to the weight; in groups of rows where something must be converted.
+
+    fp16 cannot hold the scaling, which is the inverse of a gradient's size: it is applied in fp32.
+    """
+    half = weight.dtype == torch.float16
+    scaling = scaling.to(torch.float32 if half else weight.dtype).expand(weight.shape)
+    one_dtype = grad.dtype == weight.dtype and not half
+    rows = len(weight) if one_dtype else max(1, PIECE * len(weight) // weight.numel())
     for into, part, scale in zip(weight.split(rows), grad.split(rows), scaling.split(rows), strict=True):
-        into.addcmul_(part.to(weight.dtype), scale, value=factor)
+        if half:
+            into.copy_(into.float().addcmul_(part.float(), scale, value=factor))
+        else:
+            into.addcmul_(part.to(weight.dtype), scale, value=factor)

@@ -48,7 +48,7 @@ class SparseResidual(Residual):
         """
         if ctx.t <= max(1, self.warmup_steps):
             self._warm_up(ctx)
-        if ctx.t > self.warmup_steps:
+        if ctx.t > self.warmup_steps and (ctx.grad is not None or ctx.kept is not None):
             rows, cols = kept_positions(ctx.state, ctx.layout)
             delta = self._delta(update, ctx, rows, cols).mul_(ctx.hp.update_factor)
             # The positions are distinct, so reading, adding and writing back is exact and deterministic.
@@ -69,8 +69,8 @@ class SparseResidual(Residual):
         return max(1, round(self.residual_ratio * layout.rows * layout.cols))
 
     def active(self, t: int) -> bool:
-        """Return whether step t adds a residual, so that the gradient at the kept positions is needed."""
-        return t > self.warmup_steps
+        """Return whether step t adds a residual at positions that are known before it."""
+        return t > max(1, self.warmup_steps)
 
     def collect_(
         self, grad: Tensor, low: Tensor, basis: Tensor, state: dict[str, Tensor], layout: MatrixLayout

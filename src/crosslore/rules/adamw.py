@@ -80,7 +80,7 @@ class AdamW(Rule):
             [state["exp_avg"]],
             [state["exp_avg_sq"]],
             [],
-            [torch.tensor(float(t), device=weight.device)],
+            [torch.full((), float(t), dtype=torch.float32, device=weight.device)],
             lr=hp.lr * hp.scale,
             beta1=hp.betas[0],
             beta2=hp.betas[1],

@@ -1,6 +1,8 @@
 """The YAML fields of `finetuning_type: crosslore`: what they are, and what they become."""
 
 import dataclasses
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -132,13 +134,11 @@ class CrossLoreFinetuningArguments(CrossLoreArguments, upstream.FinetuningArgume
             value = getattr(self, yaml_name)
             if value is None:
                 continue
-            if name.endswith("targets"):
-                value = _module_names(yaml_name, value)
-            try:
-                config = replace(config, **{name: value})
-            except (TypeError, ValueError) as error:
-                raise type(error)(str(error).replace(name, yaml_name, 1)) from None
-            overrides[name] = value
+            overrides[name] = _module_names(yaml_name, value) if name.endswith("targets") else value
+        try:
+            replace(config, **overrides)  # all at once: of fields that belong together one alone may be refused
+        except (TypeError, ValueError) as error:
+            raise type(error)(_in_yaml_names(str(error), overrides)) from None
         return overrides
 
 
@@ -157,6 +157,14 @@ def refuse_other_methods(given: dict[str, Any]) -> None:  # Any: values of a con
             f"{', '.join(f'{name}={given[name]!r}' for name in mixed)}. Remove them; its own options are "
             "rank, alpha, residual_ratio, warmup_k and those that start with crosslore_."
         )
+
+
+def _in_yaml_names(message: str, given: Iterable[str]) -> str:
+    """Return a message about fields of LowRankConfig with the names that the user wrote."""
+    for yaml_name, name in CONFIG_FIELDS.items():
+        if name in given and name != "rank":
+            message = re.sub(rf"(?<![\w`']){name}\b(?!')", yaml_name, message)
+    return message
 
 
 def _module_names(yaml_name: str, value: object) -> str | tuple[str, ...] | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from crosslore import create_optimizer
+from crosslore import LowRankOptimizer, create_optimizer
 from crosslore.compiled import compiled_step, ordinary_step_
 
 from .models import tiny_decoder, train
@@ -53,3 +53,34 @@ def test_compiling_the_step_itself_changes_nothing() -> None:
     optimizers[0].step = torch.compile(optimizers[0].step)
     losses = [train(model, optimizer, range(7)) for model, optimizer in zip(models, optimizers, strict=True)]
     assert losses[0] == losses[1]
+
+
+def test_more_kinds_of_weights_than_the_compiler_keeps_graphs_for_still_train() -> None:
+    """Beyond dynamo's limit of graphs the function runs as it is."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for rank in (1, 4):
+            for basis in ("weight", "float32"):
+                model = tiny_decoder().to(dtype)
+                compiled = torch.compile(ordinary_step_, dynamic=True, backend="eager")
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr("crosslore.stepping.compiled_step", lambda c=compiled: c)
+                    optimizer = create_optimizer(
+                        model, "galore", **{**OPTIONS, "rank": rank}, basis_dtype=basis, compile=True
+                    )
+                    losses = train(model, optimizer, range(4))
+                assert all(loss == loss for loss in losses)
+
+
+def test_the_compiled_decay_of_bf16_weights_is_as_precise_as_the_loops() -> None:
+    """lr * weight_decay below bf16's spacing at 1: 100 steps of the decay alone."""
+    ends = []
+    for flag in (True, False):
+        weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, 64 * 64).view(64, 64).bfloat16())
+        group = {"params": [weight], "rank": 4, "refresh_every": 1000}
+        optimizer = LowRankOptimizer([group], lr=3e-3, weight_decay=1.0, compile=flag)
+        for step in range(100):
+            weight.grad = torch.full_like(weight, 1e-30) if step else torch.randn(64, 64).bfloat16()
+            optimizer.param_groups[0]["scale"] = 1e-9
+            optimizer.step()
+        ends.append(float(weight.detach().double().mean()))
+    assert ends[0] == pytest.approx(ends[1], rel=0.01)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from crosslore import attach_layerwise, create_optimizer
+from crosslore import LowRankOptimizer, attach_layerwise, create_optimizer
 
 from .models import TinyDecoder, loss_of, tiny_decoder, train
 
@@ -230,3 +230,51 @@ def test_attaching_twice_is_refused() -> None:
     optimizer = create_optimizer(tiny_decoder(), **OPTIONS, layerwise=True)
     with pytest.raises(ValueError, match="layerwise already"):
         attach_layerwise(optimizer)
+
+
+@pytest.mark.parametrize("rule", ["exact", "guarded", "paper"])
+def test_accumulation_without_warm_up_starts_the_residual_at_the_second_step(rule: str) -> None:
+    """Positions are chosen in the first step; its micro-batches are gone by then."""
+    options = {**OPTIONS, "warmup_steps": 0, "residual_rule": rule, "projector": "random", "cross_head_targets": None}
+    models = [tiny_decoder() for _ in range(2)]
+    with_residual = create_optimizer(models[0], **options, layerwise=True, accumulation_steps=2)
+    without = create_optimizer(models[1], **{**options, "residual_ratio": 0.0}, layerwise=True, accumulation_steps=2)
+    for model, optimizer in zip(models, (with_residual, without), strict=True):
+        run(optimizer, model, range(1), 2)
+    assert all(torch.equal(a, b) for a, b in zip(weights(models[0]), weights(models[1]), strict=True))
+    for model, optimizer in zip(models, (with_residual, without), strict=True):
+        run(optimizer, model, range(1, 2), 2)
+    assert not torch.equal(models[0].self_attn.q_proj.weight, models[1].self_attn.q_proj.weight)
+
+
+def test_a_second_layerwise_optimizer_of_the_same_weights_is_refused() -> None:
+    model = tiny_decoder()
+    first = create_optimizer(model, **OPTIONS, layerwise=True)
+    with pytest.raises(ValueError, match="steps inside backward for another optimizer already"):
+        create_optimizer(model, **OPTIONS, layerwise=True)
+    first.layerwise.detach()
+    create_optimizer(model, **OPTIONS, layerwise=True)
+
+
+def test_frozen_weights_have_no_hook_and_later_groups_have() -> None:
+    frozen, later = torch.nn.Parameter(torch.ones(3), requires_grad=False), torch.nn.Parameter(torch.ones(3))
+    optimizer = LowRankOptimizer([{"params": [frozen]}], lr=0.1)
+    attach_layerwise(optimizer)
+    optimizer.add_param_group({"params": [later]})
+    later.sum().backward()
+    assert later.grad is None and later.detach().max() < 1
+
+
+def test_zero_grad_drops_what_was_collected() -> None:
+    model = tiny_decoder()
+    optimizer = create_optimizer(model, **OPTIONS, layerwise=True, accumulation_steps=2)
+    before = weights(model)
+    loss_of(model).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+
+
+def test_compiling_layerwise_is_refused() -> None:
+    with pytest.raises(ValueError, match="compile must be False for layerwise=True"):
+        create_optimizer(tiny_decoder(), **OPTIONS, layerwise=True, compile=True)

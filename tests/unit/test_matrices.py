@@ -150,3 +150,53 @@ def test_a_transposed_weight_steps_as_the_plain_one() -> None:
 def test_the_side_of_square_matrices_is_a_choice(square_side: str, shape: tuple[int, int]) -> None:
     optimizer = create_optimizer(nn.ModuleList([nn.Linear(*shape)]), "galore", **OPTIONS, square_side=square_side)
     assert optimizer.param_groups[0]["blocks"][0][0]["layout"]["side"] == square_side
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_an_expert_without_tokens_never_gets_the_coordinate_axes(window: int) -> None:
+    """QR of zeros would give e_1 ... e_r: at the first fit, and from an empty sketch."""
+    torch.manual_seed(0)
+    model = Mixture()
+    weight = model.experts.gate_up_proj
+    optimizer = create_optimizer(
+        model, "crosslore", **OPTIONS, projector="power", fit_window=window, refresh_stagger=False
+    )
+    for step in range(5):
+        weight.grad = torch.randn_like(weight)
+        weight.grad[2] = 0
+        if step:
+            weight.grad[1] = 0
+        optimizer.step()
+        basis = optimizer.state[weight]["basis"]
+        assert not torch.equal(basis[2].abs(), torch.eye(6, 3)) and not torch.equal(basis[1].abs(), torch.eye(6, 3))
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(3).expand(4, 3, 3))
+
+
+def test_two_layers_with_and_without_a_part_called_module_are_two() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8), "module": nn.ModuleDict({"fc": nn.Linear(8, 8)})})
+    optimizer = create_optimizer(model, "galore", **OPTIONS)
+    names = [n for g in optimizer.param_groups for n, b in zip(g["param_names"], g["blocks"], strict=True) if b]
+    assert names == ["fc.weight", "module.fc.weight"]
+
+
+def test_a_compiled_model_has_the_names_of_the_plain_one() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8)})
+    names = [
+        create_optimizer(m, "galore", **OPTIONS).param_groups[0]["param_names"] for m in (model, torch.compile(model))
+    ]
+    assert names[0] == names[1]
+
+
+def test_a_weight_that_is_computed_is_no_target() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))})
+    optimizer = create_optimizer(model, "galore", **OPTIONS)
+    assert sum(bool(b) for g in optimizer.param_groups for b in g["blocks"]) == 1
+
+
+def test_a_residual_on_more_entries_than_int32_counts_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.ModuleDict({"q_proj": nn.Linear(50_000, 50_000, bias=False)})
+    with pytest.raises(
+        ValueError, match="q_proj has 50000 x 50000 entries, the sparse residual counts up to 2147483647"
+    ):
+        create_optimizer(model, **OPTIONS, cross_head_targets=None)

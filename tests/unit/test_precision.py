@@ -86,3 +86,50 @@ def test_bf16_training_follows_fp32_for_a_few_steps() -> None:
         train(model, create_optimizer(model, **OPTIONS), range(5))
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(b.float(), a, rtol=0.04, atol=0.02)
+
+
+@pytest.mark.parametrize("preset", ["fira", "apollo", "crosslore", "galore"])
+def test_tiny_fp16_gradients_keep_fp16_weights_finite(preset: str) -> None:
+    """Fira's and APOLLO's scaling is the inverse of the gradient's size, more than fp16 can hold."""
+    weight = nn.Parameter(torch.randn(32, 24, generator=draws()).half())
+    optimizer = create_optimizer(_Holder(weight), preset, lr=1e-3, rank=4, scale=1.0, residual_ratio=0.0)
+    before = weight.detach().clone()
+    for step in range(8):
+        weight.grad = (torch.randn(32, 24, generator=draws(step)) * 2e-6).half()
+        optimizer.step()
+    assert weight.isfinite().all() and not torch.equal(weight, before)
+
+
+class _Holder(nn.Module):
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.proj = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        self.proj.weight = weight
+
+
+def test_a_window_of_tiny_fp16_gradients_still_moves_a_shared_basis() -> None:
+    model = tiny_decoder().half()
+    optimizer = create_optimizer(
+        model, lr=1e-4, rank=4, projector="power", fit_window=2, refresh_every=4, refresh_stagger=False, residual=None
+    )
+    weight = model.self_attn.q_proj.weight
+    for step in range(4):
+        weight.grad = (torch.randn(32, 32, generator=draws(step)) * 3e-5).half()
+        optimizer.step()
+    before = optimizer.state[weight]["basis"].clone()
+    weight.grad = (torch.randn(32, 32, generator=draws(9)) * 3e-5).half()
+    optimizer.step()
+    assert not torch.equal(optimizer.state[weight]["basis"], before)
+
+
+def test_the_callers_autocast_does_not_reach_the_step() -> None:
+    ends = []
+    for enabled in (False, True):
+        model = tiny_decoder()
+        optimizer = create_optimizer(model, **OPTIONS)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=draws(p.numel()))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            optimizer.step()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

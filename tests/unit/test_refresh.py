@@ -151,6 +151,8 @@ def test_the_old_basis_stays_when_nothing_can_be_fitted(monkeypatch: pytest.Monk
         ({"projector": "gaussian", "residual": "norm_scaled"}, "residual='norm_scaled' needs an orthonormal basis"),
         ({"residual": "flora"}, "residual='flora' goes with projector='gaussian' and rule='adafactor'"),
         ({"residual": "norm_scaled", "residual_ratio": 0.1}, "residual_ratio must be 0 for residual='norm_scaled'"),
+        ({"projector": "power", "power_iterations": 0}, "power_iterations must be at least 1 for projector 'power'"),
+        ({"projector": "random", "cross_head_targets": ("q_proj",)}, "cross_head_targets must be None for projector"),
         ({"random_after": -1}, "random_after must be an integer >= 0, got -1"),
         ({"fit_momentum": 1.5}, "fit_momentum must be a number >= 0 and <= 1, got 1.5"),
     ],

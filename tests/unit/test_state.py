@@ -1,7 +1,9 @@
 """Saving and loading the state."""
 
+import copy
 import io
 import logging
+import pickle
 from pathlib import Path
 
 import pytest
@@ -154,3 +156,42 @@ def test_hooks_that_change_the_loaded_state_are_honoured() -> None:
     fresh.register_load_state_dict_pre_hook(forget_moments)
     fresh.load_state_dict(saved(optimizer))
     assert all((v == 0).all() for state in fresh.state.values() for v in state.values())
+
+
+@pytest.mark.parametrize("change", [{"refresh_every": 5}, {"refresh_stagger": False}], ids=str)
+def test_another_interval_is_taken_from_the_checkpoint(change: dict, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_decoder()
+    optimizer = create_optimizer(model, **OPTIONS)
+    train(model, optimizer, range(2))
+    other = create_optimizer(model, **{**OPTIONS, **change})
+    with caplog.at_level(logging.WARNING, logger="crosslore"):
+        other.load_state_dict(saved(optimizer))
+    assert next(iter(change)) in caplog.text
+    assert other.param_groups[0]["blocks"] == optimizer.param_groups[0]["blocks"]
+
+
+def test_a_copy_keeps_its_options_and_counts() -> None:
+    optimizer = create_optimizer(tiny_decoder(), **OPTIONS, foreach=False, compile=True)
+    optimizer.nonfinite_skips["a"] = 2
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert (twin.foreach, twin.compile, twin.nonfinite_skips) == (False, True, {"a": 2})
+
+
+@pytest.mark.parametrize(
+    "change", [{"rank": 3}, {"rule": "adamw8bit"}, {"fit_window": 2}, {"residual_ratio": 0.1}], ids=str
+)
+def test_options_that_shape_the_state_cannot_change_on_the_way(change: dict) -> None:
+    model = tiny_decoder()
+    optimizer = create_optimizer(model, **OPTIONS)
+    train(model, optimizer, range(2))
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(ValueError, match=f"{next(iter(change))} cannot change while the optimizer runs"):
+        train(model, optimizer, range(2, 3))
+
+
+def test_a_configuration_that_no_group_uses_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    from crosslore import LowRankConfig, LowRankOptimizer
+
+    with caplog.at_level(logging.WARNING, logger="crosslore"):
+        LowRankOptimizer([torch.nn.Parameter(torch.ones(8, 8))], config=LowRankConfig(rank=2))
+    assert "No group has a `rank`" in caplog.text

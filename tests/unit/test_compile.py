@@ -64,9 +64,8 @@ def test_more_kinds_of_weights_than_the_compiler_keeps_graphs_for_still_train() 
                 compiled = torch.compile(ordinary_step_, dynamic=True, backend="eager")
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr("crosslore.stepping.compiled_step", lambda c=compiled: c)
-                    optimizer = create_optimizer(
-                        model, "galore", **{**OPTIONS, "rank": rank}, basis_dtype=basis, compile=True
-                    )
+                    options = {**OPTIONS, "rank": rank, "basis_dtype": basis}
+                    optimizer = create_optimizer(model, "galore", **options, compile=True)
                     losses = train(model, optimizer, range(4))
                 assert all(loss == loss for loss in losses)
 

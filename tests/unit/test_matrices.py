@@ -181,10 +181,8 @@ def test_two_layers_with_and_without_a_part_called_module_are_two() -> None:
 
 def test_a_compiled_model_has_the_names_of_the_plain_one() -> None:
     model = nn.ModuleDict({"fc": nn.Linear(8, 8)})
-    names = [
-        create_optimizer(m, "galore", **OPTIONS).param_groups[0]["param_names"] for m in (model, torch.compile(model))
-    ]
-    assert names[0] == names[1]
+    optimizers = [create_optimizer(m, "galore", **OPTIONS) for m in (model, torch.compile(model))]
+    assert optimizers[0].param_groups[0]["param_names"] == optimizers[1].param_groups[0]["param_names"]
 
 
 def test_a_weight_that_is_computed_is_no_target() -> None:
@@ -196,7 +194,5 @@ def test_a_weight_that_is_computed_is_no_target() -> None:
 def test_a_residual_on_more_entries_than_int32_counts_is_refused() -> None:
     with torch.device("meta"):
         model = nn.ModuleDict({"q_proj": nn.Linear(50_000, 50_000, bias=False)})
-    with pytest.raises(
-        ValueError, match="q_proj has 50000 x 50000 entries, the sparse residual counts up to 2147483647"
-    ):
+    with pytest.raises(ValueError, match="q_proj has 50000 x 50000 entries, the sparse residual counts up to 214748"):
         create_optimizer(model, **OPTIONS, cross_head_targets=None)

@@ -162,7 +162,7 @@ def refuse_other_methods(given: dict[str, Any]) -> None:  # Any: values of a con
 def _in_yaml_names(message: str, given: Iterable[str]) -> str:
     """Return a message about fields of LowRankConfig with the names that the user wrote."""
     for yaml_name, name in CONFIG_FIELDS.items():
-        if name in given and name != "rank":
+        if name != "rank" and (name in given or message.startswith(name)):
             message = re.sub(rf"(?<![\w`']){name}\b(?!')", yaml_name, message)
     return message
 

@@ -56,7 +56,8 @@ PRESETS: dict[str, Preset] = {
             **_CROSSLORE,
         ),
         paper="ours",
-        differs="CrossLore with the rule, selection, start, window and moments that our ablation favours.",
+        differs="The exact rule, positions by residual energy, warm start over 4 steps, rotated moments; provisional: "
+        "the ablation that is to confirm these choices is not complete.",
     ),
     # LDAdam's code: https://github.com/IST-DASLab/LDAdam.
     "ldadam": Preset(

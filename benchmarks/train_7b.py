@@ -82,9 +82,8 @@ def measured(method: str, args: argparse.Namespace) -> dict[str, Any]:  # Any: J
     torch.manual_seed(0)
     with torch.device(args.device):
         model: nn.Module = LlamaForCausalLM(config).to(torch.bfloat16)
-    model, step = (
-        SETUPS[method](model, 8 if args.tiny else RANK) if method in SETUPS else ours(model, method, args.tiny)
-    )
+    rank = 8 if args.tiny else RANK
+    model, step = SETUPS[method](model, rank) if method in SETUPS else ours(model, method, rank)
     tokens = torch.randint(config.vocab_size, (1, args.tokens), device=args.device)
 
     def once() -> float:

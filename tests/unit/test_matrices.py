@@ -196,3 +196,27 @@ def test_a_residual_on_more_entries_than_int32_counts_is_refused() -> None:
         model = nn.ModuleDict({"q_proj": nn.Linear(50_000, 50_000, bias=False)})
     with pytest.raises(ValueError, match="q_proj has 50000 x 50000 entries, the sparse residual counts up to 214748"):
         create_optimizer(model, **OPTIONS, cross_head_targets=None)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "GptOss"])
+def test_the_experts_of_transformers_models_train_in_low_rank(name: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"num_experts": 4, "moe_intermediate_size": 24} if name == "Qwen3Moe" else {"num_local_experts": 4}
+    config = getattr(transformers, f"{name}Config")(**sizes, **heads, **experts, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    optimizer = create_optimizer(
+        model, "crosslore", lr=1e-3, rank=4, scale=4.0, warmup_steps=1, refresh_every=2, residual_ratio=0.1
+    )
+    tokens, losses = torch.randint(64, (4, 12), generator=torch.Generator().manual_seed(0)), []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    stacked = {n: p for n, p in model.named_parameters() if n.endswith(("gate_up_proj", "down_proj"))}
+    assert len(stacked) == 2 and all(optimizer.state[p]["basis"].dim() == 3 for p in stacked.values())

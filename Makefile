@@ -29,7 +29,7 @@ model: $(MODEL) ## Get and convert the embedded model, SmolLM2-135M-Instruct (on
 $(MODEL): | $(STAMP)
 	$(PY) scripts/get_model.py
 
-demo: $(STAMP) $(MODEL) ## Set up, fine-tune the embedded model, evaluate before and after (15 minutes on 2 cores)
+demo: $(STAMP) $(MODEL) ## Set up, fine-tune the embedded model, evaluate before and after (12 minutes on 2 cores)
 	$(PY) scripts/demo.py
 
 test: $(STAMP) $(MODEL) ## Set up and run all checks and tests (PYTEST_ARGS="..." selects)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from crosslore.checks import check_bool, check_choice
 from crosslore.config import LowRankConfig
 from crosslore.layerwise import Clip, attach_layerwise
 from crosslore.layout import Block
@@ -60,7 +61,8 @@ def create_optimizer(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_optimizer takes the model itself, got {type(model).__name__}. Pass `model`.")
-    _check_layerwise(layerwise, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, compile=compile)
+    _check_switches(layerwise=layerwise, compile=compile, foreach=False if foreach is None else foreach)
+    _check_layerwise(layerwise, accumulation_steps, max_grad_norm, clip, compile)
     chosen = get_preset(preset)
     model = unwrapped(model)
     options = rule_options(chosen)
@@ -80,8 +82,16 @@ def create_optimizer(
     return optimizer
 
 
-def _check_layerwise(layerwise: bool, *, accumulation_steps: int, max_grad_norm: float | None, compile: bool) -> None:
+def _check_switches(**switches: object) -> None:
+    for name, value in switches.items():
+        check_bool(name, value, hint="It is a switch.")
+
+
+def _check_layerwise(
+    layerwise: bool, accumulation_steps: int, max_grad_norm: float | None, clip: str, compile: bool
+) -> None:
     """Raise a ValueError for options that go with layerwise only, or not with it."""
+    check_choice("clip", clip, ("weight", "stale-global"))
     if not layerwise and (accumulation_steps != 1 or max_grad_norm is not None):
         raise ValueError(
             "accumulation_steps and max_grad_norm are for layerwise=True, got layerwise=False. Call backward several "

@@ -65,6 +65,9 @@ class Layerwise:
         self._norms: dict[Tensor, float] = {}
         self._squares: list[float] = []
         self._poisoned: set[Tensor] = set()
+        # Weights that have stepped since the last `optimizer.step()`.
+        self._stepped: set[Tensor] = set()
+        self._warned = False
         self._handles: list[Any] = []  # Any: torch's handles
         self.watch([p for group in optimizer.param_groups for p in group["params"]])
 
@@ -127,6 +130,7 @@ class Layerwise:
     def _flush(self, weight: Tensor) -> None:
         """Step one weight with what was collected, and forget it."""
         item = self.optimizer.item(*self.optimizer.place(weight))
+        self._warn_of_second_step(weight, item.name)
         held, grad = self._collected.pop(weight, None), weight.grad
         self._counts.pop(weight, None)
         if weight in self._poisoned:
@@ -143,6 +147,18 @@ class Layerwise:
                 grad.mul_(self._clip_factor(norm))
             full_step(item, grad)
         weight.grad = None
+
+    def _warn_of_second_step(self, weight: Tensor, name: str) -> None:
+        """Warn once if a weight steps twice between two calls of `optimizer.step()`."""
+        if weight in self._stepped and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s steps more than once between two calls of optimizer.step(), with accumulation_steps=%d. Set "
+                "accumulation_steps to the backward passes of a step, and call optimizer.step() after them.",
+                name,
+                self.accumulation_steps,
+            )
+        self._stepped.add(weight)
 
     def _flush_compact(self, item: Item, held: Collected) -> None:
         clips = self.max_grad_norm is not None and self.clip == "weight"
@@ -175,6 +191,7 @@ class Layerwise:
     def finish_step(self) -> None:
         """Step what is left and close the step's books."""
         self.finish_micro_batches()
+        self._stepped = set()
         if self._squares:
             self.optimizer.param_groups[0][NORM_KEY] = math.sqrt(sum(self._squares))
             self._squares = []
@@ -217,6 +234,10 @@ def attach_layerwise(
         TypeError, ValueError: an argument is out of range, or the method needs the sum of all gradients of a step
             and `accumulation_steps` is not 1, or several processes train together.
     """
+    if not hasattr(optimizer, "layerwise"):
+        raise TypeError(
+            f"attach_layerwise takes a LowRankOptimizer, got {type(optimizer).__name__}. Use create_optimizer."
+        )
     check_int("accumulation_steps", accumulation_steps, low=1, hint="1: a step for each backward pass.")
     check_choice("clip", clip, ("weight", "stale-global"))
     if max_grad_norm is not None:

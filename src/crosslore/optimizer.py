@@ -66,6 +66,11 @@ class LowRankOptimizer(Optimizer):
         compile: bool = False,
     ) -> None:
         """Build the groups; no state is allocated before the first step."""
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"LowRankOptimizer takes parameters or groups, got the model {type(params).__name__}. "
+                "Use create_optimizer(model, ...)."
+            )
         check_hyper(lr=plain(lr), betas=betas, eps=eps, weight_decay=weight_decay)
         self.nonfinite_skips: dict[str, int] = {}
         self.layerwise: Layerwise | None = None

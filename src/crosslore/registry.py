@@ -54,7 +54,7 @@ REGISTRY: dict[Kind, dict[str, str]] = {
 def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
     """Return the message for a name that does not exist: what it is, the near names, all known names."""
     names = sorted(known)
-    near = get_close_matches(str(name), names, n=3, cutoff=0.5)
+    near = get_close_matches(str(name).lower(), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     return f"unknown {what} {name!r}.{hint} Known: {', '.join(names)}."
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal
 
 from torch import Tensor, nn
@@ -134,8 +135,12 @@ def select_targets(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str
 def require_match(pattern: str, names: Iterable[str], *, option: str) -> None:
     """Raise a ValueError that lists what exists if no name matches the pattern."""
     if not any(matches(name, (pattern,)) for name in names):
+        near = get_close_matches(pattern, existing(names).split(", "), n=3, cutoff=0.6)
+        hint = f"Did you mean {' or '.join(near)}? " if near else ""
+        if pattern in ("all", "none") or "," in pattern:
+            hint = f"In Python give a list such as ('q_proj', 'k_proj'), {ALL_LINEAR!r} for targets, or None. "
         raise ValueError(
-            f"{option} names {pattern!r}, which is no linear layer of the model. "
+            f"{option} names {pattern!r}, which is no linear layer of the model. {hint}"
             f"Linear layers of the model: {existing(names)}. Use one of these names, or leave `{option}` out."
         )
 

@@ -176,3 +176,19 @@ def test_configurations_are_frozen_and_comparable() -> None:
     assert LowRankConfig(rank=8) == LowRankConfig(rank=8)
     with pytest.raises(AttributeError):
         LowRankConfig().rank = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [(("q_prj",), "Did you mean q_proj"), ("all", "In Python give a list"), ("q_proj,k_proj", "In Python give a list")],
+)
+def test_a_wrong_target_says_what_to_write(targets: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_optimizer(tiny_decoder(), lr=1e-3, rank=4, targets=targets)
+
+
+def test_a_model_in_place_of_groups_is_named() -> None:
+    from crosslore import LowRankOptimizer
+
+    with pytest.raises(TypeError, match=r"got the model TinyDecoder\. Use create_optimizer"):
+        LowRankOptimizer(tiny_decoder())

@@ -1,6 +1,7 @@
 """Stepping inside backward: the same method, without the gradients."""
 
 import io
+import logging
 import math
 
 import pytest
@@ -278,3 +279,27 @@ def test_zero_grad_drops_what_was_collected() -> None:
 def test_compiling_layerwise_is_refused() -> None:
     with pytest.raises(ValueError, match="compile must be False for layerwise=True"):
         create_optimizer(tiny_decoder(), **OPTIONS, layerwise=True, compile=True)
+
+
+def test_more_backward_passes_than_announced_are_pointed_out_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_decoder()
+    optimizer = create_optimizer(model, **OPTIONS, layerwise=True)
+    with caplog.at_level(logging.WARNING, logger="crosslore"):
+        train(model, optimizer, range(3))
+        assert not caplog.text
+        run(optimizer, model, range(3), 2)
+    assert caplog.text.count("Set accumulation_steps to the backward passes of a step") == 1
+
+
+def test_layerwise_takes_our_optimizer_only() -> None:
+    with pytest.raises(TypeError, match="takes a LowRankOptimizer, got SGD"):
+        attach_layerwise(torch.optim.SGD(tiny_decoder().parameters()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"clip": "foo"}, "unknown clip 'foo'"), ({"layerwise": "yes"}, "layerwise must be True or")],
+)
+def test_switches_are_checked_without_layerwise_too(options: dict, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        create_optimizer(tiny_decoder(), **OPTIONS, **options)

@@ -27,7 +27,7 @@ from crosslore.rules.adamw8bit import BLOCK_SIZE, MIN_8BIT_SIZE
 
 
 def state_bytes(optimizer: LowRankOptimizer) -> int:
-    """Return the bytes that the optimizer's state takes once every weight has stepped and no warm-up collects."""
+    """Return the bytes that the optimizer's state takes once every weight has stepped."""
     total = 0
     for g, group in enumerate(optimizer.param_groups):
         config = LowRankConfig.from_group(group)

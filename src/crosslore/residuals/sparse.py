@@ -24,11 +24,12 @@ class SparseResidual(Residual):
     """Residual moments at the positions L that are chosen once, at the end of the warm-up.
 
     During the first k steps nothing is added. At the end of step k (of step 1 if k = 0) the positions are
-    recorded; the residual acts at every step t > k. State, per weight, zeros until the positions are known:
+    recorded; the residual acts at every step t > k (where layerwise accumulates, not in step 1: the gradients are gone
+    by the time the positions are known). State, per weight, zeros until the positions are known:
     `res_index` int32 (kept,): flat positions, ascending; `res_avg`, `res_avg_sq` (kept,): dM and dV of Algorithm 2,
     for rule "exact" the moments of the gradient itself. With `residual_select` "residual" also `res_row_sq` (rows,)
     and `res_col_sq` (cols,): the row and column sums of dG * dG over the warm-up, whose outer product ranks the
-    positions. The full sum would need a matrix as large as the weight to find hardly better ones.
+    positions. The full sum would need a matrix as large as the weight; `benchmarks/kept_positions.py` compares them.
 
     Differs from the paper: `residual_rule` "guarded" and "exact", see `_radicand` and `_delta`; the choice "residual".
     """
@@ -44,7 +45,7 @@ class SparseResidual(Residual):
         """Add -lr * scale * delta_t at the kept positions (Algorithm 1, lines 9-12).
 
         Raises:
-            ValueError: if the rule has no moments.
+            ValueError: if the rule does not say how it accumulates moments.
         """
         if ctx.t <= max(1, self.warmup_steps):
             self._warm_up(ctx)

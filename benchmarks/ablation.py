@@ -1,13 +1,14 @@
 """The ablation on real fine-tuning: one factor at a time around the paper's setting, then around the best found.
 
     python scripts/get_model.py && python scripts/prepare_data.py gsm8k e2e     # once
-    python benchmarks/ablation.py                    # both stages; run it again and it goes on where it stopped
+    python benchmarks/ablation.py                    # all stages; run it again and it goes on where it stopped
     python benchmarks/ablation.py --dry-run          # the runs, those done, and the time that the others need
     python benchmarks/ablation_report.py             # tables and figure from the result files
 
 Each run is one file under results/ablation, written when it ends; a run whose configuration hash is there is not done
-again. `ablation_plan.py` says what is run and how learning rates and stage 2 are chosen. Plain PyTorch, fp32, no
-gradient clipping; prompt and answer as LLaMA-Factory's `template: chatml` has them, loss on the answer only.
+again. `ablation_matrix.py` says what is run, `ablation_plan.py` how learning rates and stage 2 are chosen. Plain
+PyTorch, fp32, no gradient clipping; prompt and answer as LLaMA-Factory's `template: chatml` has them, loss on the
+answer only.
 """
 
 import argparse
@@ -28,8 +29,9 @@ from typing import Any
 
 import ablation_report as files
 import torch
-from ablation_plan import ADAMW, TASKS, Cell, Plan, Result, Task, Variant, lr_factor, read_inputs, stage1
-from common import MODEL, ROOT
+from ablation_matrix import ADAMW, REFERENCES, TASKS, Cell, Result, Task, Variant, lr_factor, read_inputs, stage1
+from ablation_plan import Plan
+from common import MODEL, ROOT, WORKER_ENVIRONMENT
 from torch import Tensor, nn
 
 from crosslore import create_optimizer
@@ -171,8 +173,6 @@ def train(bench: Bench, cell: Cell, record: Result) -> None:
         if step % LOSS_EVERY == 0 or step == task.steps:
             recent = losses[-((step - 1) % LOSS_EVERY + 1) :]
             record["losses"].append({"step": step, "mean_loss": statistics.fmean(recent)})
-        if step == task.steps // 2:
-            record["held_out"]["half"] = held_out_loss(bench.model, held_out)
     record["held_out"]["end"] = held_out_loss(bench.model, held_out)
     record["seconds_per_step_median"] = statistics.median(times)
     record["status"] = "ok" if math.isfinite(record["held_out"]["end"]) else "diverged"
@@ -238,7 +238,7 @@ def run_variants(
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=int, choices=(1, 2), help="only this stage (both)")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="only this stage (all)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds for each variant at its best rate (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes side by side (%(default)s)")
     parser.add_argument("--budget-minutes", type=float, default=math.inf, help="start no run after so many minutes")
@@ -252,7 +252,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run_stages(plan: Plan, results: dict[str, Result], options: argparse.Namespace, *, deadline: float) -> None:
     """Do what is missing of the stages that the options name."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the workers, before they load torch
+    os.environ |= WORKER_ENVIRONMENT
     load = (options.model, options.data, plan.tasks)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, context, start_worker, (load_bench, load)) as pool:
@@ -261,9 +261,9 @@ def run_stages(plan: Plan, results: dict[str, Result], options: argparse.Namespa
             return pool.submit(work, cell, options.output)
 
         try:
-            for stage in (options.stage,) if options.stage else (1, 2):
+            for stage in (options.stage,) if options.stage else (1, 2, 3):
                 if time.monotonic() < deadline:
-                    variants = stage1() if stage == 1 else plan.stage2(results)
+                    variants = {1: stage1, 2: lambda: plan.stage2(results), 3: lambda: REFERENCES}[stage]()
                     run_variants(plan, variants, results, submit, options.workers, deadline, f"stage {stage}")
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)

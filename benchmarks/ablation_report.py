@@ -18,8 +18,9 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-import ablation_plan as matrix
-from ablation_plan import Cell, Plan, Result, Task, Variant
+import ablation_matrix as matrix
+from ablation_matrix import Cell, Result, Task, Variant
+from ablation_plan import Plan
 from common import ROOT, commit, device_name, source_hash
 
 RESULTS = ROOT / "results" / "ablation"
@@ -36,7 +37,7 @@ def new_record(cell: Cell) -> Result:
     names = {"task": cell.task.name, "variant": cell.variant.name, "lr": cell.lr, "seed": cell.seed}
     made = {"commit": commit(), "source": source_hash(), "packages": {n: version(n) for n in PACKAGES}}
     device = {"device": device_name("cpu"), "omp_num_threads": os.environ.get("OMP_NUM_THREADS"), "dtype": "float32"}
-    held_out = {"start": None, "half": None, "end": None}
+    held_out = {"start": None, "end": None}
     parts = {"status": "failed", "error": None, "steps": 0, "losses": [], "held_out": held_out}
     return {"hash": cell.hash, **names, **parts, **made, **device, "config": cell.config}
 
@@ -94,15 +95,16 @@ def planned(plan: Plan, results: Mapping[str, Result], *, workers: int) -> str:
         second = plan.stage2(results)
     except LookupError:  # its values are known when stage 1 is finished; these are as many as there can be
         second = [matrix.combined(f"best, {len(matrix.FACTORS)} winners", {})] * (1 + len(matrix.FACTORS))
-    count, total = len(plan.lrs) + plan.seeds - 1, 0.0
+    total = 0.0
     lines = [f"{'task':8} {'variant':32} {'done':>4} {'to do':>5} {'minutes':>8}"]
-    for variant in [*matrix.stage1(), *second]:
+    for variant in [*matrix.stage1(), *second, *matrix.REFERENCES]:
         for task in plan.tasks:
-            unknown = variant.name.startswith("best,")
-            left = count if unknown else plan.remaining([variant], results)[task.name, variant.name]
+            known = {} if variant.name.startswith("best,") else results
+            done = sum(cell.hash in known for cell in plan.cells(task, variant, known))
+            left = plan.remaining([variant], known)[task.name, variant.name]
             minutes = left * seconds_per_run(results, task.name, variant.name) / 60 / workers
             total += minutes
-            lines.append(f"{task.name:8} {variant.name:32} {max(0, count - left):4} {left:5} {minutes:8.1f}")
+            lines.append(f"{task.name:8} {variant.name:32} {done:4} {left:5} {minutes:8.1f}")
     return "\n".join([*lines, f"about {total:.0f} minutes with {workers} workers"])
 
 
@@ -130,7 +132,6 @@ class Row:
     # Paired by seed.
     to_paper: Sequence[float]
     to_best: Sequence[float]
-    seconds_per_step: float | None
 
 
 def make_row(
@@ -140,10 +141,9 @@ def make_row(
     lr = plan.best_lr(task, variant, results)
     found = [results[cell.hash] for cell in plan.cells(task, variant, results) if cell.hash in results]
     losses = list(plan.losses(task, variant, results).values())
-    times = [r["seconds_per_step"] for r in found if r["status"] == "ok"]
     if not found:
         status = NOT_RUN
-    elif len(found) >= len(plan.lrs) and (lr is None or not all(map(math.isfinite, losses))):
+    elif plan.left(task, variant, results) == 0 and (lr is None or not all(map(math.isfinite, losses))):
         status = ", ".join(sorted({r["status"] for r in found} - {"ok"}))
     else:
         status = "ok" if len(losses) == plan.seeds else "incomplete"
@@ -157,7 +157,6 @@ def make_row(
         losses=losses,
         to_paper=[] if variant == matrix.PAPER else plan.differences(task, variant, results),
         to_best=plan.differences(task, variant, results, base=best) if best and variant != best else [],
-        seconds_per_step=statistics.median(times) if times else None,
     )
 
 
@@ -168,7 +167,8 @@ def make_rows(plan: Plan, results: Mapping[str, Result]) -> list[Row]:
     except LookupError:
         second = []
     best = second[0] if second else None
-    pairs = [(1, v) for v in matrix.stage1()] + [(2, v) for v in second]
+    stages = {1: matrix.stage1(), 2: second, 3: matrix.REFERENCES}
+    pairs = [(stage, variant) for stage, variants in stages.items() for variant in variants]
     return [make_row(plan, t, v, results, stage=s, best=best if s == 2 else None) for t in plan.tasks for s, v in pairs]
 
 
@@ -201,9 +201,8 @@ def markdown(row: Row, *, second: bool) -> str:
     loss = spread(row.losses)
     if row.status != "ok":
         loss = f"{loss} ({row.status})" if loss else row.status
-    seconds = "" if row.seconds_per_step is None else f"{row.seconds_per_step:.2f}"
     differences = [row.to_paper, row.to_best] if second else [row.to_paper]
-    cells = [row.variant, lr, loss, *(spread(d, of_mean=True, sign="+") for d in differences), seconds]
+    cells = [row.variant, lr, loss, *(spread(d, of_mean=True, sign="+") for d in differences)]
     return f"| {' | '.join(cells)} |"
 
 
@@ -220,11 +219,11 @@ def write_tables(plan: Plan, rows: Sequence[Row], results: Mapping[str, Result],
         f"end of that grid. Commits: {', '.join(made) or 'none'}.",
     ]
     for task in plan.tasks:
-        for stage in (1, 2):
+        for stage in (1, 2, 3):
             mine = [row for row in rows if row.task == task.name and row.stage == stage]
             size = f"{task.steps} steps of {task.batch_size}, {task.held_out_rows} held-out rows"
             title = f"**{task.name}, stage {stage}** ({size})"
-            names = ["variant", "lr", "held-out loss", "to paper", *["to best"] * (stage == 2), "s/step"]
+            names = ["variant", "lr", "held-out loss", "to paper", *["to best"] * (stage == 2)]
             table = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
             table += [markdown(row, second=stage == 2) for row in mine]
             lines += ["", title, "", *(table if mine else [NOT_RUN])]
@@ -234,7 +233,7 @@ def write_tables(plan: Plan, rows: Sequence[Row], results: Mapping[str, Result],
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Write one line for each variant and task; empty where nothing was run."""
-    plain = ("stage", "task", "variant", "status", "lr", "lr_at_edge", "seconds_per_step")
+    plain = ("stage", "task", "variant", "status", "lr", "lr_at_edge")
     lists = ("losses", "to_paper", "to_best")
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -22,7 +22,7 @@ LRS = (1e-4, 1e-3)
 @pytest.fixture(scope="module")
 def modules() -> Iterator[SimpleNamespace]:
     sys.path.insert(0, str(BENCHMARKS))
-    names = {"runs": "ablation", "matrix": "ablation_plan", "report": "ablation_report"}
+    names = {"runs": "ablation", "matrix": "ablation_matrix", "plan": "ablation_plan", "report": "ablation_report"}
     yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
     sys.path.remove(str(BENCHMARKS))
 
@@ -47,9 +47,10 @@ def make_task(matrix: ModuleType, name: str = "tiny", steps: int = 4) -> Any:
     return matrix.Task(name=name, train_file="t", steps=steps, batch_size=2, max_tokens=16, held_out_rows=4)
 
 
-def make_plan(matrix: ModuleType, **changes: Any) -> Any:
-    values = {"inputs": {"tiny": INPUTS}, "tasks": [make_task(matrix)], "lrs": LRS, "seeds": 2, **changes}
-    return matrix.Plan(**values)
+def make_plan(matrix: ModuleType, lrs: tuple[float, ...] = LRS, **changes: Any) -> Any:
+    plan = importlib.import_module("ablation_plan").Plan
+    values = {"inputs": {"tiny": INPUTS}, "tasks": [make_task(matrix)], "first_lrs": lrs[:2], "seeds": 2, **changes}
+    return plan(lrs=lrs, **values)
 
 
 def runner(runs: ModuleType, bench: Any, folder: Path, done: list[str]) -> Callable[[Any], Future[dict[str, Any]]]:
@@ -81,7 +82,7 @@ def fake(plan: Any, matrix: ModuleType, folder: Path, loss: Callable[[Any], floa
         for cell in cells:
             end = loss(cell)
             record = report.new_record(cell) | {"status": "ok" if math.isfinite(end) else "diverged", "seconds": 2.0}
-            record |= {"seconds_per_step": 1.0, "held_out": {"start": 2.0, "half": 1.5, "end": end}}
+            record |= {"seconds_per_step": 1.0, "held_out": {"start": 2.0, "end": end}}
             report.write_result(record, folder / cell.file_name)
             results[cell.hash] = record
 
@@ -114,7 +115,7 @@ def test_a_run_writes_one_result_with_all_that_it_depends_on(
 
 def test_a_run_repeats_bitwise_from_the_initial_weights(modules: SimpleNamespace, bench: Any, tmp_path: Path) -> None:
     plan = make_plan(modules.matrix)
-    cell = plan.grid(plan.tasks[0], modules.matrix.PAPER)[1]
+    cell = plan.search(plan.tasks[0], modules.matrix.PAPER, {})[1]
     first, second = (modules.runs.run_cell(bench, cell, tmp_path) for _ in range(2))
     assert first["held_out"] == second["held_out"] and first["losses"] == second["losses"]
 
@@ -178,6 +179,35 @@ def test_a_failure_is_a_result_and_is_tried_again_when_asked(
     assert modules.report.read_results(tmp_path, failed=False) == {}
 
 
+def test_the_search_goes_outwards_until_the_best_rate_has_two_neighbours(
+    modules: SimpleNamespace, tmp_path: Path
+) -> None:
+    grid, paper = (1e-4, 1e-3, 1e-2, 1e-1), modules.matrix.PAPER
+    for best, searched in ((1e-4, grid[:3]), (1e-3, grid[:3]), (1e-2, grid[1:]), (1e-1, grid[1:])):
+        plan, folder = make_plan(modules.matrix, grid, first_lrs=grid[1:3]), tmp_path / f"{best}"
+        assert plan.left(plan.tasks[0], paper, {}) == 4  # two rates, the one that follows from them, one more seed
+        fake(plan, modules.matrix, folder, lambda cell: abs(math.log10(cell.lr / best)), [paper])  # noqa: B023
+        results = modules.report.read_results(folder)
+        assert {result["lr"] for result in results.values()} == set(searched)
+        assert plan.best_lr(plan.tasks[0], paper, results) == best and plan.left(plan.tasks[0], paper, results) == 0
+        row = modules.report.make_row(plan, plan.tasks[0], paper, results, stage=1, best=None)
+        assert row.lr_at_edge == (best in (1e-4, 1e-1))
+
+
+def test_a_gain_within_its_standard_error_wins_nothing(modules: SimpleNamespace, tmp_path: Path) -> None:
+    matrix, plan = modules.matrix, make_plan(modules.matrix)
+
+    def loss(cell: Any) -> float:
+        changed = dict(cell.variant.fields)
+        noise = 0.1 * (-1) ** cell.seed  # of the difference of two seeds: standard error 0.1
+        return 1.0 - 0.11 * ("fit_window" in changed) - 0.09 * ("moments" in changed) + noise * (changed != matrix.BASE)
+
+    fake(plan, matrix, tmp_path, loss, matrix.stage1())
+    results = modules.report.read_results(tmp_path)
+    assert plan.gain({"window": "4"}, results) == pytest.approx((-0.11, 0.1))
+    assert plan.winners(results) == {"window": "4"}
+
+
 def test_an_unknown_field_is_named_with_its_variant(modules: SimpleNamespace) -> None:
     wrong = modules.matrix.Variant(name="typo", fields={"residual_rul": "exact"})
     with pytest.raises(TypeError, match=r"variant 'typo'.*'residual_rul'.*Did you mean 'residual_rule'"):
@@ -234,11 +264,12 @@ def test_the_report_of_files_with_missing_cells(modules: SimpleNamespace, tmp_pa
     results = report.read_results(tmp_path)
     report.report(results, plan, folder=tmp_path, table=tmp_path / "docs" / "table.md")
     text = (tmp_path / "docs" / "table.md").read_text()
-    assert "| window-4 | 0.001* | 0.8050 ± 0.0071 | -0.2000 ± 0.0000 | 1.00 |" in text
-    assert "| residual-off |  | diverged |  |  |" in text
-    assert text.count("| not run |") == 2 * len(matrix.stage1()) - 3
+    assert "| window-4 | 0.001* | 0.8050 ± 0.0071 | -0.2000 ± 0.0000 |" in text
+    assert "| residual-off |  | diverged |  |" in text
+    rows = len(matrix.stage1()) + len(matrix.REFERENCES)
+    assert text.count("| not run |") == 2 * rows - 3
     summary = (tmp_path / "summary.csv").read_text().splitlines()
-    assert len(summary) == 1 + 2 * len(matrix.stage1())
+    assert len(summary) == 1 + 2 * rows
     assert (tmp_path / "ablation.png").stat().st_size > 1000
 
 

@@ -42,6 +42,8 @@ check: $(STAMP) ## Format, lint, types and size limits
 	$(VENV)/bin/mypy
 	$(PY) scripts/check_sizes.py
 	$(PY) scripts/make_methods_table.py --check
+	$(PY) benchmarks/tables.py --check
+	$(PY) benchmarks/ablation_report.py --check
 
 format: $(STAMP) ## Format the code
 	$(VENV)/bin/ruff format .

@@ -27,10 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ablation_report as files
+import ablation_files as files
 import torch
 from ablation_matrix import ADAMW, REFERENCES, TASKS, Cell, Result, Task, Variant, lr_factor, read_inputs, stage1
 from ablation_plan import Plan
+from ablation_report import planned
 from common import MODEL, ROOT, WORKER_ENVIRONMENT
 from torch import Tensor, nn
 
@@ -278,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = Plan(inputs=read_inputs(options.model, options.data, TASKS), seeds=options.seeds)
         results = files.read_results(options.output, failed=not options.retry_failed)
         if options.dry_run:
-            print(files.planned(plan, results, workers=options.workers))
+            print(planned(plan, results, workers=options.workers))
             return 0
         run_stages(plan, results, options, deadline=deadline)
     except (LookupError, OSError, TypeError, ValueError) as error:

@@ -83,13 +83,13 @@ FACTORS: Mapping[str, Mapping[str, Fields]] = {
     "heads": {"own": {"cross_head_targets": None}},
     "window": {"4": {"fit_window": 4}},
     "moments": {"rotate": {"moments": "rotate"}},
-    "projector": {"power": {"projector": "power", "oversampling": 0, "power_iterations": 1}},
 }
 # Values that were seen to help only together; they win together if their row beats each of them.
 TOGETHER: Mapping[str, str] = {"residual": "exact", "select": "residual"}
 TOGETHER_NAME = "residual-exact-select-residual"
 REFERENCES = (
     Variant(name="galore", preset="galore", fields={**COMMON, **INTERVAL}),
+    Variant(name="projector-power", fields={**BASE, "projector": "power", "oversampling": 0, "power_iterations": 1}),
     Variant(name=ADAMW, preset=ADAMW),
     Variant(name="rank32", fields={**BASE, "rank": 32}),
     Variant(name="ldadam", preset="ldadam", fields=COMMON),

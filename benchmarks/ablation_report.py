@@ -1,4 +1,4 @@
-"""Result files of the ablation, and the tables and the figure that are made from them alone.
+"""Tables and figure of the ablation, made from its result files alone.
 
     python benchmarks/ablation_report.py        # results/ablation/{summary.csv,ablation.png}, docs/ablation_table.md
 
@@ -7,86 +7,23 @@ A place in the table without a result says "not run".
 
 import argparse
 import csv
-import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import ablation_matrix as matrix
-from ablation_matrix import Cell, Result, Task, Variant
+from ablation_files import RESULTS, read_results
+from ablation_matrix import Result, Task, Variant
 from ablation_plan import Plan
-from common import ROOT, commit, device_name, source_hash
+from common import ROOT
 
-RESULTS = ROOT / "results" / "ablation"
 TABLE = ROOT / "docs" / "ablation_table.md"
-PACKAGES = ("torch", "transformers", "numpy")
 NOT_RUN = "not run"
 # Of a run before any is measured, one of two side by side on 2 CPU cores; and what these need beyond it.
 SECONDS_PER_RUN = 100.0
 SLOWER = {"galore": 35.0, "ldadam": 100.0}
-
-
-def new_record(cell: Cell) -> Result:
-    """Return a result without what the run measures."""
-    names = {"task": cell.task.name, "variant": cell.variant.name, "lr": cell.lr, "seed": cell.seed}
-    made = {"commit": commit(), "source": source_hash(), "packages": {n: version(n) for n in PACKAGES}}
-    device = {"device": device_name("cpu"), "omp_num_threads": os.environ.get("OMP_NUM_THREADS"), "dtype": "float32"}
-    held_out = {"start": None, "end": None}
-    parts = {"status": "failed", "error": None, "steps": 0, "losses": [], "held_out": held_out}
-    return {"hash": cell.hash, **names, **parts, **made, **device, "config": cell.config}
-
-
-def write_result(record: Result, path: Path) -> None:
-    """Write a result file that is complete or not there; losses that are not finite become null."""
-    record["date"] = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    record["held_out"] = {n: v if v is None or math.isfinite(v) else None for n, v in record["held_out"].items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
-def read_results(folder: Path, *, failed: bool = True) -> dict[str, Result]:
-    """Return the results of a folder by configuration hash, with or without those that failed.
-
-    Raises:
-        ValueError: if a file is no result; names it.
-    """
-    found: dict[str, Result] = {}
-    for path in sorted(folder.glob("*--*.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if failed or result["status"] != "failed":
-                found[result["hash"]] = result
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no result of this benchmark ({error!r}). Delete it and run again.") from error
-    return found
-
-
-def reset_peak_rss() -> None:
-    """Let the peak memory of this process count from now on; from its start where the system cannot do that."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_rss_gib() -> float | None:
-    """Return the peak memory of this process in GiB; None where /proc does not tell."""
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM")), None)
-
-
-def line(result: Result) -> str:
-    """Return a finished run in one line."""
-    loss = "-" if result["held_out"]["end"] is None else f"{result['held_out']['end']:.4f}"
-    run = f"{result['task']} {result['variant']} lr {result['lr']:g} seed {result['seed']}"
-    return f"{run}: {result['status']}, held-out loss {loss}, {result['seconds']:.0f} s"
 
 
 def planned(plan: Plan, results: Mapping[str, Result], *, workers: int) -> str:
@@ -206,8 +143,8 @@ def markdown(row: Row, *, second: bool) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write_tables(plan: Plan, rows: Sequence[Row], results: Mapping[str, Result], path: Path) -> None:
-    """Write the Markdown tables."""
+def tables(plan: Plan, rows: Sequence[Row], results: Mapping[str, Result]) -> str:
+    """Return the Markdown tables."""
     base, made = matrix.BASE, sorted({r["commit"] for r in results.values()})
     lines = [
         "<!-- made by `python benchmarks/ablation_report.py` from results/ablation; do not edit -->",
@@ -227,8 +164,7 @@ def write_tables(plan: Plan, rows: Sequence[Row], results: Mapping[str, Result],
             table = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
             table += [markdown(row, second=stage == 2) for row in mine]
             lines += ["", title, "", *(table if mine else [NOT_RUN])]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
@@ -277,7 +213,8 @@ def report(results: Mapping[str, Result], plan: Plan, *, folder: Path, table: Pa
     rows = make_rows(plan, results)
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(rows, folder / "summary.csv")
-    write_tables(plan, rows, results, table)
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_text(tables(plan, rows, results), encoding="utf-8")
     draw(plan, rows, folder / "ablation.png")
 
 
@@ -286,9 +223,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Tables and figure of the ablation, from its result files.")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result files (%(default)s)")
     parser.add_argument("--table", type=Path, default=TABLE, help="Markdown file (%(default)s)")
+    parser.add_argument("--check", action="store_true", help="only compare the file; exit status 1 if out of date")
     options = parser.parse_args()
     results = read_results(options.output)
-    report(results, plan_of(results), folder=options.output, table=options.table)
+    plan = plan_of(results)
+    if options.check:
+        fresh = options.table.read_text(encoding="utf-8") == tables(plan, make_rows(plan, results), results)
+        print("" if fresh else f"{options.table} is out of date. Run: python benchmarks/ablation_report.py", end="")
+        return int(not fresh)
+    report(results, plan, folder=options.output, table=options.table)
     print(
         f"{len(results)} results: {options.output / 'summary.csv'}, {options.output / 'ablation.png'}, {options.table}"
     )

@@ -1,4 +1,4 @@
-"""The benchmark suite: times, memory, errors and the split of training time, as CSV files and pictures.
+"""The benchmark suite: times, memory, errors and the split of training time, as CSV files, pictures and a page of docs.
 
     make benchmark                                   # everything; about an hour on two idle cores
     python benchmarks/run.py --only a,c --quick      # parts a and c, in minutes
@@ -23,8 +23,9 @@ from pathlib import Path
 
 import plots
 import real_model
+import tables
 import torch
-from common import ROOT, Options
+from common import Options
 
 PARTS = {
     "a": ("step_time", "refresh_time"),
@@ -63,7 +64,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[list[str], Options]:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_const", dest="profile", const="quick", help="smaller sizes, few rounds")
     size.add_argument("--tiny", action="store_const", dest="profile", const="tiny", help="seconds; for tests")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks", metavar="DIR")
+    parser.add_argument("--out", type=Path, default=tables.RESULTS, metavar="DIR")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and gradients")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (%(default)s)")
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     for path in [*(options.out / f"{part}.csv" for part in parts), *plots.draw_all(options.out, parts)]:
         print(path)
-    return 0
+    return tables.main([]) if options.out.resolve() == tables.RESULTS else 0
 
 
 if __name__ == "__main__":

@@ -56,8 +56,7 @@ def suits(method: Method, hp: Hyper, grad: Tensor, t: int) -> bool:
         and method.projector.stored
         and type(method.projector).project is Projector.project
         and type(method.projector).add_back_ is Projector.add_back_
-        and not method.refresh.due(t)
-        and not (method.fit_window > 1 and method.refresh.soon(t, method.fit_window))
+        and method.ordinary(t)
         and not hp.stochastic_rounding
         and grad.dim() == 2
         and grad.dtype in (torch.float32, torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from difflib import get_close_matches
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -59,9 +60,6 @@ def hyper_of(group: dict[str, Any]) -> Hyper:  # Any: torch's own dict
 
 def largest_entries(grads: list[Tensor]) -> list[float]:
     """Return max|G| of each gradient (inf or NaN if it is not finite); one transfer from the device in all."""
-    for grad in grads:
-        if grad.is_sparse:
-            raise RuntimeError("sparse gradients are not supported. Use nn.Embedding(sparse=False).")
     if not grads:
         return []
     ends = (torch.aminmax(grad) for grad in grads)  # one fast pass; NaN comes through, unlike from a sum
@@ -69,6 +67,13 @@ def largest_entries(grads: list[Tensor]) -> list[float]:
     widest = torch.float64 if any(peak.dtype == torch.float64 for peak in peaks) else torch.float32
     peaks_list: list[float] = torch.stack([peak.to(peaks[0].device, widest) for peak in peaks]).tolist()
     return peaks_list
+
+
+def largest_of_each(groups: list[list[Tensor]]) -> list[float]:
+    """Return the largest entry of each group of tensors, inf if one is not finite, 0 for none; one transfer in all."""
+    peaks = iter(largest_entries([tensor for group in groups for tensor in group]))
+    found = [[next(peaks) for _ in group] for group in groups]
+    return [max(mine, default=0.0) if all(map(isfinite, mine)) else inf for mine in found]
 
 
 def refuse_structural_change(old: LowRankConfig, new: LowRankConfig) -> None:

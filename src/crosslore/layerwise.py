@@ -26,7 +26,6 @@ from crosslore.stepping import (
     full_precision,
     full_step,
     needs_whole_gradient,
-    steps_done,
     wait,
 )
 
@@ -120,8 +119,7 @@ class Layerwise:
         whole = any(needs_whole_gradient(method_of(item.config, block)) for block in item.blocks)
         if whole and self.max_grad_norm is not None:
             grad.mul_(self._clip_factor(norm))
-        t = steps_done(item.state) + 1
-        pendings = list(begin(item, grad, t))
+        pendings = list(begin(item, grad))
         if self.accumulation_steps > 1:
             for pending in pendings:
                 keep_compact_parts(pending)

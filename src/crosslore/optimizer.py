@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from crosslore.checkpoint import check_same_structure, restore_dtypes
 from crosslore.config import LowRankConfig, check_hyper
-from crosslore.groups import default_blocks, hyper_of, largest_entries, plain, refuse_misspelt, refuse_structural_change
+from crosslore.groups import default_blocks, hyper_of, plain, refuse_misspelt, refuse_structural_change
 from crosslore.layerwise import Layerwise
 from crosslore.layout import Block, stagger_
 from crosslore.stepping import Item, complete_state_, full_precision, step_items
@@ -182,16 +182,13 @@ class LowRankOptimizer(Optimizer):
     @full_precision()
     def _step(self, todo: list[tuple[int, int, Tensor]]) -> None:
         grads = [p.grad for _, _, p in todo if p.grad is not None]
-        peaks = largest_entries(grads)
-        finite = [peak < float("inf") for peak in peaks]  # False for inf and for NaN
-        if not all(finite):
-            self.count_skips([self._names(g)[i] for (g, i, _), ok in zip(todo, finite, strict=True) if not ok])
-        keep = [k for k, ok in enumerate(finite) if ok]
-        items = [self.item(*todo[k][:2]) for k in keep]
+        if any(grad.is_sparse for grad in grads):
+            raise RuntimeError("sparse gradients are not supported. Use nn.Embedding(sparse=False).")
         foreach = self.foreach if self.foreach is not None else all(grad.is_cuda for grad in grads)
-        step_items(
-            items, [grads[k] for k in keep], [peaks[k] == 0 for k in keep], foreach=foreach, compiled=self.compile
-        )
+        items = [self.item(g, i) for g, i, _ in todo]
+        skipped = step_items(items, grads, foreach=foreach, compiled=self.compile)
+        if skipped:
+            self.count_skips(skipped)
 
     def item(self, g: int, i: int) -> Item:
         """Return weight i of group g with its options and state, ready to be stepped."""

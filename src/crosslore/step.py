@@ -50,6 +50,12 @@ class Method:
         basis = self.projector.fit(grad, layout, previous=None, generator=draws)
         return basis.expand(layout.basis_shape)
 
+    def ordinary(self, t: int) -> bool:
+        """Return whether step t changes nothing but moments, residual and weight: it fits and collects nothing."""
+        collects = self.fit_window > 1 and self.refresh.soon(t, self.fit_window)
+        prepares = self.residual is not None and self.residual.prepares
+        return not (collects or prepares or self.refresh.due(t))
+
     def basis_dtype(self, grad: Tensor) -> torch.dtype:
         """Return the dtype in which a basis is stored."""
         return torch.float32 if self.fp32_basis and grad.dtype != torch.float64 else grad.dtype

@@ -3,13 +3,15 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from math import inf
 
 import torch
 from torch import Tensor
 
 from crosslore.compiled import compiled_step, step_numbers, suits
 from crosslore.config import Hyper, LowRankConfig
+from crosslore.groups import largest_of_each
 from crosslore.layout import Block
 from crosslore.registry import build_rule
 from crosslore.residuals.base import StepContext
@@ -55,33 +57,80 @@ class Pending:
     ctx: StepContext
 
 
-def step_items(
-    items: list[Item], grads: list[Tensor], zeros: list[bool], *, foreach: bool, compiled: bool = False
-) -> None:
-    """Do one step of every item.
+@dataclass
+class Turn:
+    """One weight's step before anything has changed."""
+
+    item: Item
+    grad: Tensor
+    # Whether the compact gradient says that the gradient is finite; see `compact_tells`.
+    tells: bool
+    pendings: list[Pending] = field(default_factory=list)
+
+    def begin_(self) -> None:
+        """Compute the compact gradient of every block."""
+        self.pendings = list(begin(self.item, self.grad))
+
+    def evidence(self) -> list[Tensor]:
+        """Return what is to be looked at; nothing before a compact gradient is there."""
+        return [pending.ctx.low for pending in self.pendings] if self.tells else [self.grad]
+
+
+def step_items(items: list[Item], grads: list[Tensor], *, foreach: bool, compiled: bool = False) -> list[str]:
+    """Do one step of every item, and return the names of those whose gradient is not finite: nothing of them changes.
+
+    Whether a gradient is finite is read off its compact form where a step is ordinary (`compact_tells`), which spares a
+    pass over the gradient; of all weights at once on a GPU, with one transfer.
 
     Args:
         items: weights with state.
-        grads: their finite gradients.
-        zeros: which gradients are all zero: those weights only decay while a basis is due.
+        grads: their gradients.
         foreach: work on all compact tensors of a group at once; the same numbers, more of them alive.
         compiled: take the compiled graph for ordinary steps.
     """
+    turns = [Turn(item, grad, not compiled and compact_tells(item)) for item, grad in zip(items, grads, strict=True)]
+    at_once = foreach or any(grad.is_cuda for grad in grads)
+    for turn in turns:
+        if turn.tells and at_once:
+            turn.begin_()
+    peaks = largest_of_each([turn.evidence() for turn in turns])
     waiting: dict[int, list[Pending]] = defaultdict(list)
-    for item, grad, zero in zip(items, grads, zeros, strict=True):
-        if not item.blocks:
+    skipped = []
+    for turn, peak in zip(turns, peaks, strict=True):
+        item, grad = turn.item, turn.grad
+        if turn.tells and not at_once:
+            turn.begin_()
+            (peak,) = largest_of_each([turn.evidence()])
+        if peak == inf:
+            skipped.append(item.name)
+        elif not item.blocks:
             full_step(item, grad)
-        elif zero and item.due_next():
+        elif not turn.tells and peak == 0 and item.due_next():
             wait(item, grad)
         elif not (compiled and step_compiled(item, grad)):
-            t = advance(item.state)
-            for pending in begin(item, grad, t):
+            for pending in turn.pendings or begin(item, grad):
                 if foreach and not needs_whole_gradient(pending.method):
                     waiting[item.group].append(pending)
                 else:
                     finish(pending)
+            turn.pendings = []
+            advance(item.state)
     for group in waiting.values():
         finish_many(group)
+    return skipped
+
+
+def compact_tells(item: Item) -> bool:
+    """Return whether the next step's compact gradient is all that is needed to know that the gradient is finite.
+
+    Every entry of a gradient goes into it, and infinity times anything is not finite. At a refresh, and while a window
+    collects its sketch, the gradient does more than that before its compact form is known, and so it does where a
+    residual prepares it.
+    """
+    if not item.blocks or "step" not in item.state:  # a skipped first step leaves no state at all
+        return False
+    t = steps_done(item.state) + 1
+    return t > 1 and all(method_of(item.config, block).ordinary(t) for block in item.blocks)
 
 
 def step_compiled(item: Item, grad: Tensor) -> bool:
@@ -100,8 +149,9 @@ def step_compiled(item: Item, grad: Tensor) -> bool:
     return True
 
 
-def begin(item: Item, grad: Tensor, t: int) -> Iterator[Pending]:
-    """Yield each block with its compact gradient; what the block's state has become is written back."""
+def begin(item: Item, grad: Tensor) -> Iterator[Pending]:
+    """Yield each block with its compact gradient of the next step; what its state has become is written back."""
+    t = steps_done(item.state) + 1
     for block in item.blocks:
         method = method_of(item.config, block)
         matrix, part = block.take(grad), block_state(item.state, block.key)

@@ -22,7 +22,7 @@ LRS = (1e-4, 1e-3)
 @pytest.fixture(scope="module")
 def modules() -> Iterator[SimpleNamespace]:
     sys.path.insert(0, str(BENCHMARKS))
-    names = {"runs": "ablation", "matrix": "ablation_matrix", "plan": "ablation_plan", "report": "ablation_report"}
+    names = {"runs": "ablation", "matrix": "ablation_matrix", "files": "ablation_files", "report": "ablation_report"}
     yield SimpleNamespace(**{short: importlib.import_module(name) for short, name in names.items()})
     sys.path.remove(str(BENCHMARKS))
 
@@ -69,21 +69,21 @@ def run(
     modules: SimpleNamespace, bench: Any, folder: Path, plan: Any, variants: list[Any], **options: Any
 ) -> list[str]:
     done: list[str] = []
-    results = modules.report.read_results(folder)
+    results = modules.files.read_results(folder)
     modules.runs.run_variants(plan, variants, results, runner(modules.runs, bench, folder, done), **options)
     return done
 
 
 def fake(plan: Any, matrix: ModuleType, folder: Path, loss: Callable[[Any], float], variants: list[Any]) -> None:
     """Write result files of runs that nobody has done."""
-    report = importlib.import_module("ablation_report")
+    files = importlib.import_module("ablation_files")
     results: dict[str, Any] = {}
     while cells := plan.ready(variants, results):
         for cell in cells:
             end = loss(cell)
-            record = report.new_record(cell) | {"status": "ok" if math.isfinite(end) else "diverged", "seconds": 2.0}
+            record = files.new_record(cell) | {"status": "ok" if math.isfinite(end) else "diverged", "seconds": 2.0}
             record |= {"seconds_per_step": 1.0, "held_out": {"start": 2.0, "end": end}}
-            report.write_result(record, folder / cell.file_name)
+            files.write_result(record, folder / cell.file_name)
             results[cell.hash] = record
 
 
@@ -175,8 +175,8 @@ def test_a_failure_is_a_result_and_is_tried_again_when_asked(
     assert len(run(modules, bench, tmp_path, plan, [wide])) == 2  # the grid; no rate is left for other seeds
     result = json.loads((tmp_path / "tiny--wide--lr0.001--s0.json").read_text())
     assert result["status"] == "failed" and "rank must be in" in result["error"]
-    assert len(modules.report.read_results(tmp_path)) == 2
-    assert modules.report.read_results(tmp_path, failed=False) == {}
+    assert len(modules.files.read_results(tmp_path)) == 2
+    assert modules.files.read_results(tmp_path, failed=False) == {}
 
 
 def test_the_search_goes_outwards_until_the_best_rate_has_two_neighbours(
@@ -187,7 +187,7 @@ def test_the_search_goes_outwards_until_the_best_rate_has_two_neighbours(
         plan, folder = make_plan(modules.matrix, grid, first_lrs=grid[1:3]), tmp_path / f"{best}"
         assert plan.left(plan.tasks[0], paper, {}) == 4  # two rates, the one that follows from them, one more seed
         fake(plan, modules.matrix, folder, lambda cell: abs(math.log10(cell.lr / best)), [paper])  # noqa: B023
-        results = modules.report.read_results(folder)
+        results = modules.files.read_results(folder)
         assert {result["lr"] for result in results.values()} == set(searched)
         assert plan.best_lr(plan.tasks[0], paper, results) == best and plan.left(plan.tasks[0], paper, results) == 0
         row = modules.report.make_row(plan, plan.tasks[0], paper, results, stage=1, best=None)
@@ -203,7 +203,7 @@ def test_a_gain_within_its_standard_error_wins_nothing(modules: SimpleNamespace,
         return 1.0 - 0.11 * ("fit_window" in changed) - 0.09 * ("moments" in changed) + noise * (changed != matrix.BASE)
 
     fake(plan, matrix, tmp_path, loss, matrix.stage1())
-    results = modules.report.read_results(tmp_path)
+    results = modules.files.read_results(tmp_path)
     assert plan.gain({"window": "4"}, results) == pytest.approx((-0.11, 0.1))
     assert plan.winners(results) == {"window": "4"}
 
@@ -224,7 +224,7 @@ def test_stage_2_follows_from_the_files_of_stage_1(modules: SimpleNamespace, tmp
     matrix, plan = modules.matrix, make_plan(modules.matrix)
     better = {"'fit_window': 4": 0.2, "'residual': None": 0.1, "'residual_select'": 0.05}
     fake(plan, matrix, tmp_path, loss_of(better), matrix.stage1())
-    second = plan.stage2(modules.report.read_results(tmp_path))
+    second = plan.stage2(modules.files.read_results(tmp_path))
     assert [v.name for v in second] == ["best", "best-without-residual", "best-without-window"]
     assert second[0].fields == {**matrix.BASE, "residual": None, "fit_window": 4}  # nothing to select without one
 
@@ -237,14 +237,14 @@ def test_values_that_help_only_together_win_together(modules: SimpleNamespace, t
         return 0.9 if both else 1.0 + 0.1 * len(cell.variant.fields.keys() - matrix.BASE.keys())
 
     fake(plan, matrix, tmp_path, loss, matrix.stage1())
-    assert plan.winners(modules.report.read_results(tmp_path)) == {"residual": "exact", "select": "residual"}
+    assert plan.winners(modules.files.read_results(tmp_path)) == {"residual": "exact", "select": "residual"}
 
 
 def test_stage_2_before_the_end_of_stage_1_says_what_is_missing(modules: SimpleNamespace, tmp_path: Path) -> None:
     plan = make_plan(modules.matrix)
     fake(plan, modules.matrix, tmp_path, loss_of({}), [modules.matrix.PAPER])
     with pytest.raises(LookupError, match=r"of its runs are missing, the first one is tiny--residual-off--"):
-        plan.stage2(modules.report.read_results(tmp_path))
+        plan.stage2(modules.files.read_results(tmp_path))
 
 
 def test_the_report_of_files_with_missing_cells(modules: SimpleNamespace, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_the_report_of_files_with_missing_cells(modules: SimpleNamespace, tmp_pa
         [matrix.PAPER, matrix.combined("window-4", {"window": "4"})],
     )
     fake(half, matrix, tmp_path, lambda cell: math.inf, [matrix.combined("residual-off", {"residual": "off"})])
-    results = report.read_results(tmp_path)
+    results = modules.files.read_results(tmp_path)
     report.report(results, plan, folder=tmp_path, table=tmp_path / "docs" / "table.md")
     text = (tmp_path / "docs" / "table.md").read_text()
     assert "| window-4 | 0.001* | 0.8050 ± 0.0071 | -0.2000 ± 0.0000 |" in text
@@ -273,12 +273,27 @@ def test_the_report_of_files_with_missing_cells(modules: SimpleNamespace, tmp_pa
     assert (tmp_path / "ablation.png").stat().st_size > 1000
 
 
+def test_the_check_finds_a_table_that_its_files_did_not_make(
+    modules: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "crosslore[llamafactory]"')
+    table = tmp_path / "table.md"
+    fake(make_plan(modules.matrix), modules.matrix, tmp_path, loss_of({}), [modules.matrix.PAPER])
+    options = ["report", "--output", str(tmp_path), "--table", str(table)]
+    monkeypatch.setattr(sys, "argv", options)
+    assert modules.report.main() == 0
+    monkeypatch.setattr(sys, "argv", [*options, "--check"])
+    assert modules.report.main() == 0
+    table.write_text(table.read_text().replace("not run", "0.9", 1))
+    assert modules.report.main() == 1
+
+
 def test_the_report_after_both_stages_compares_with_the_best(modules: SimpleNamespace, tmp_path: Path) -> None:
     matrix, report, plan = modules.matrix, modules.report, make_plan(modules.matrix)
     loss = loss_of({"'fit_window': 4": 0.2, "'moments'": 0.1})
     fake(plan, matrix, tmp_path, loss, matrix.stage1())
-    fake(plan, matrix, tmp_path, loss, plan.stage2(report.read_results(tmp_path)))
-    rows = {row.variant: row for row in report.make_rows(plan, report.read_results(tmp_path))}
+    fake(plan, matrix, tmp_path, loss, plan.stage2(modules.files.read_results(tmp_path)))
+    rows = {row.variant: row for row in report.make_rows(plan, modules.files.read_results(tmp_path))}
     assert rows["best"].to_paper == pytest.approx([-0.3, -0.3]) and rows["best"].to_best == []
     assert rows["best-without-window"].to_best == pytest.approx([0.2, 0.2])
 
@@ -286,7 +301,7 @@ def test_the_report_after_both_stages_compares_with_the_best(modules: SimpleName
 def test_the_dry_run_counts_done_runs_and_minutes(modules: SimpleNamespace, tmp_path: Path) -> None:
     plan = make_plan(modules.matrix)
     fake(plan, modules.matrix, tmp_path, loss_of({}), [modules.matrix.PAPER])
-    lines = modules.report.planned(plan, modules.report.read_results(tmp_path), workers=2).splitlines()
+    lines = modules.report.planned(plan, modules.files.read_results(tmp_path), workers=2).splitlines()
     assert lines[1].split() == ["tiny", "paper", "3", "0", "0.0"]
     assert lines[2].split()[:4] == ["tiny", "residual-off", "0", "3"]
 
@@ -294,7 +309,7 @@ def test_the_dry_run_counts_done_runs_and_minutes(modules: SimpleNamespace, tmp_
 def test_a_file_that_is_no_result_is_named(modules: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "e2e--paper--lr1--s0.json").write_text("{}")
     with pytest.raises(ValueError, match=r"e2e--paper--lr1--s0.json is no result"):
-        modules.report.read_results(tmp_path)
+        modules.files.read_results(tmp_path)
 
 
 def test_the_loss_counts_the_tokens_of_the_answers_only(modules: SimpleNamespace, bench: Any) -> None:

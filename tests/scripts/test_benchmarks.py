@@ -63,6 +63,25 @@ def version():
     return importlib.import_module("importlib.metadata").version("crosslore")
 
 
+def test_the_page_shows_every_row_with_its_conditions(bench, finished, tmp_path, capsys):
+    tables, page = bench("tables"), tmp_path / "page.md"
+    options = ["--results", str(finished), "--page", str(page)]
+    assert tables.main(options) == 0 and tables.main([*options, "--check"]) == 0
+    text = page.read_text()
+    row = {r["contender"]: r for r in bench("common").read_rows(finished / "step_time.csv")}["galore"]
+    assert f"| galore | {float(row['amortised_seconds']):.3g} | {float(row['ordinary_seconds']):.3g} |" in text
+    assert text.count("| torch AdamW fused |") == 2 and text.count("| warm start, 8 old |") == 6
+    assert text.count(f"torch {torch.__version__}, commit {row['commit']}, {row['date'][:10]}, tiny sizes.") == len(
+        FILES
+    )
+    page.write_text(text + "edited")
+    assert tables.main([*options, "--check"]) == 1 and "out of date" in capsys.readouterr().err
+
+
+def test_the_page_says_what_was_not_measured(bench, tmp_path):
+    assert bench("tables").page(tmp_path).count("Not measured.") == len(FILES)
+
+
 def test_step_time_has_the_figures_of_every_contender(bench, finished):
     rows = {row["contender"]: row for row in bench("common").read_rows(finished / "step_time.csv")}
     assert set(rows) == set(NAMES) and all(row["status"] == "ok" for row in rows.values())

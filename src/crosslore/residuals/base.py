@@ -47,6 +47,8 @@ class Residual(ABC):
     replaces_update: ClassVar[bool] = False
     # Whether it needs the sum of all gradients of a step, so that compact parts of each are not enough.
     needs_whole_gradient: ClassVar[bool] = True
+    # Whether `prepare` changes the gradient or the state.
+    prepares: ClassVar[bool] = False
     # What takes the place of the configured rule on compact gradients, if anything.
     compact_rule: ClassVar[Rule | None] = None
 

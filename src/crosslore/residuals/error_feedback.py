@@ -1,6 +1,7 @@
 """LDAdam: what a step leaves out is added to the next gradient."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class ErrorFeedback(Residual):
     Differs from the package: E is state, saved and restored. There it lives in `p.grad`, which `model.zero_grad()`
     and gradient clipping change.
     """
+
+    prepares: ClassVar[bool] = True
 
     def init(self, grad: Tensor, layout: MatrixLayout) -> dict[str, Tensor]:
         """Return a zero error."""

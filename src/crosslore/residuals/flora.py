@@ -25,6 +25,7 @@ class Flora(Residual):
     """
 
     replaces_update: ClassVar[bool] = True
+    prepares: ClassVar[bool] = True
     compact_rule: ClassVar[Rule | None] = Average()
 
     def init(self, grad: Tensor, layout: MatrixLayout) -> State:

@@ -1,9 +1,10 @@
 """In which order the ablation runs: what the finished runs say about learning rates, winners, and what is left to do.
 
 Every variant looks for its learning rate on one grid with the first seed: at the rates of `FIRST_LRS`, then at the next
-one outwards as long as the best so far has an untried neighbour. The rate with the lowest held-out loss at the end is
-then run with the other seeds. Stage 2 reads the winners from stage 1's results, so nothing is edited between the two.
-Two cells with the same configuration are one run, whatever their names.
+one outwards as long as the best so far has an untried neighbour. The best one, and those within `LR_MARGIN` of it, are
+then run with the other seeds, and the lowest mean held-out loss at the end decides. Stage 2 reads the winners from
+stage 1's results, so nothing is edited between the two; its rows have the learning rate of `best`. Two cells with the
+same configuration are one run, whatever their names.
 """
 
 import math
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from ablation_matrix import (
     FACTORS,
     FIRST_LRS,
+    LR_MARGIN,
     LRS,
     PAPER,
     TASKS,
     TOGETHER,
+    TOGETHER_NAME,
     Cell,
     Result,
     Task,
@@ -37,6 +40,7 @@ class Plan:
     tasks: Sequence[Task] = TASKS
     lrs: Sequence[float] = LRS
     first_lrs: Sequence[float] = FIRST_LRS
+    lr_margin: float = LR_MARGIN
     seeds: int = 3
 
     def cell(self, task: Task, variant: Variant, lr: float, seed: int) -> Cell:
@@ -44,7 +48,9 @@ class Plan:
         return Cell(task=task, variant=variant, lr=lr, seed=seed, inputs=self.inputs[task.name])
 
     def search(self, task: Task, variant: Variant, results: Mapping[str, Result]) -> list[Cell]:
-        """Return the runs that choose the learning rate, as far as they can be named, those done included."""
+        """Return the first seed's runs that choose the learning rate, as far as they can be named."""
+        if variant.like is not None:
+            return [self.cell(task, variant, lr, 0) for lr in self.rates(task, variant, results)]
         tried = list(self.first_lrs)
         while True:
             cells = [self.cell(task, variant, lr, 0) for lr in tried]
@@ -59,15 +65,33 @@ class Plan:
         i = self.lrs.index(lr)
         return [near for near in (*self.lrs[max(0, i - 1) : i], *self.lrs[i + 1 : i + 2]) if near not in tried]
 
+    def rates(self, task: Task, variant: Variant, results: Mapping[str, Result]) -> list[float]:
+        """Return the learning rates that are run with all seeds; none before the search is at its end."""
+        if variant.like is not None:
+            lr = self.best_lr(task, variant.like, results)
+            return [] if lr is None else [lr]
+        search = self.search(task, variant, results)
+        best = lowest(search, results)
+        bound = final_loss(results[best.hash]) + self.lr_margin if best else math.inf
+        return [cell.lr for cell in search if final_loss(results[cell.hash]) <= bound] if bound < math.inf else []
+
     def best_lr(self, task: Task, variant: Variant, results: Mapping[str, Result]) -> float | None:
         """Return the learning rate with the lowest final loss; None if a run is missing or none ended well."""
-        best = lowest(self.search(task, variant, results), results)
-        return best.lr if best and final_loss(results[best.hash]) < math.inf else None
+        rates = self.rates(task, variant, results)
+        if len(rates) == 1:
+            return rates[0]
+        means = {}
+        for lr in rates:
+            hashes = [self.cell(task, variant, lr, seed).hash for seed in range(self.seeds)]
+            if any(h not in results for h in hashes):
+                return None
+            means[lr] = statistics.fmean(final_loss(results[h]) for h in hashes)
+        return min(means, key=lambda lr: means[lr]) if means else None
 
     def cells(self, task: Task, variant: Variant, results: Mapping[str, Result]) -> list[Cell]:
         """Return the runs of one place in the table that can be named so far: the search, then the other seeds."""
-        lr = self.best_lr(task, variant, results)
-        others = [] if lr is None else [self.cell(task, variant, lr, seed) for seed in range(1, self.seeds)]
+        rates = self.rates(task, variant, results)
+        others = [self.cell(task, variant, lr, seed) for lr in rates for seed in range(1, self.seeds)]
         return self.search(task, variant, results) + others
 
     def ready(self, variants: Iterable[Variant], results: Mapping[str, Result]) -> list[Cell]:
@@ -79,7 +103,9 @@ class Plan:
         """Return how many runs of one place in the table are to be done, those that cannot be named yet included."""
         search = self.search(task, variant, results)
         missing = sum(cell.hash not in results for cell in self.cells(task, variant, results))
-        if lowest(search, results) is None:
+        if not search:
+            missing = self.seeds
+        elif lowest(search, results) is None:
             # Of two neighbours inside the grid either one leads to a third.
             missing += self.seeds - 1 + (len(search) == len(self.first_lrs) < len(self.lrs))
         return missing
@@ -132,7 +158,7 @@ class Plan:
         return {factor: chosen[factor] for factor in FACTORS if factor in chosen}
 
     def stage2(self, results: Mapping[str, Result]) -> list[Variant]:
-        """Return `best` and one variant for each winner that is taken back; none if the paper's values won all.
+        """Return `best` and a variant for each other value of each factor; none if the paper's values won all.
 
         Raises:
             LookupError: if stage 1 is not finished; says how many runs are missing.
@@ -144,14 +170,19 @@ class Plan:
                 f"{missing[0].file_name}. Run: python benchmarks/ablation.py --stage 1"
             )
         chosen = self.winners(results)
-        without = {f: {g: v for g, v in chosen.items() if g != f} for f in chosen}
-        rows = [combined(f"best-without-{factor}", values) for factor, values in without.items()]
-        return [combined("best", chosen), *rows] if chosen else []
+        if not chosen:
+            return []
+        best = combined("best", chosen)
+        others = {f"best-without-{f}": {g: v for g, v in chosen.items() if g != f} for f in chosen}
+        for factor, values in FACTORS.items():
+            others |= {f"best-{factor}-{v}": chosen | {factor: v} for v in values if chosen.get(factor) != v}
+        others[f"best-{TOGETHER_NAME}"] = chosen | TOGETHER
+        return [best, *(combined(name, values, like=best) for name, values in others.items() if values != chosen)]
 
 
 def lowest(cells: Sequence[Cell], results: Mapping[str, Result]) -> Cell | None:
-    """Return the cell with the lowest final loss, the first of equals; None if one has no result."""
-    if any(cell.hash not in results for cell in cells):
+    """Return the cell with the lowest final loss, the first of equals; None if one has no result, or for no cells."""
+    if not cells or any(cell.hash not in results for cell in cells):
         return None
     return min(cells, key=lambda cell: final_loss(results[cell.hash]))
 

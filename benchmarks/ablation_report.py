@@ -29,19 +29,24 @@ SLOWER = {"galore": 35.0, "ldadam": 100.0}
 def planned(plan: Plan, results: Mapping[str, Result], *, workers: int) -> str:
     """Return the runs of each task and variant, those done, and the minutes that the others need."""
     try:
-        second = plan.stage2(results)
+        second, unknown = plan.stage2(results), 0
     except LookupError:  # its values are known when stage 1 is finished; these are as many as there can be
-        second = [matrix.combined(f"best, {len(matrix.FACTORS)} winners", {})] * (1 + len(matrix.FACTORS))
+        second, unknown = [], 1 + sum(map(len, matrix.FACTORS.values())) + 1
     total = 0.0
     lines = [f"{'task':8} {'variant':32} {'done':>4} {'to do':>5} {'minutes':>8}"]
+
+    def add(task: Task, name: str, done: int, left: int) -> None:
+        nonlocal total
+        minutes = left * seconds_per_run(results, task.name, name) / 60 / workers
+        total += minutes
+        lines.append(f"{task.name:8} {name:32} {done:4} {left:5} {minutes:8.1f}")
+
     for variant in [*matrix.stage1(), *second, *matrix.REFERENCES]:
         for task in plan.tasks:
-            known = {} if variant.name.startswith("best,") else results
-            done = sum(cell.hash in known for cell in plan.cells(task, variant, known))
-            left = plan.remaining([variant], known)[task.name, variant.name]
-            minutes = left * seconds_per_run(results, task.name, variant.name) / 60 / workers
-            total += minutes
-            lines.append(f"{task.name:8} {variant.name:32} {done:4} {left:5} {minutes:8.1f}")
+            done = sum(cell.hash in results for cell in plan.cells(task, variant, results))
+            add(task, variant.name, done, plan.left(task, variant, results))
+    for task in plan.tasks if unknown else []:
+        add(task, f"stage 2, up to {unknown} variants", 0, unknown * plan.seeds)
     return "\n".join([*lines, f"about {total:.0f} minutes with {workers} workers"])
 
 
@@ -152,8 +157,9 @@ def tables(plan: Plan, rows: Sequence[Row], results: Mapping[str, Result]) -> st
         "to the paper's setting, paired by seed, with its standard error. SmolLM2-135M-Instruct, fp32, CPU; rank "
         f"{base['rank']}, scale {base['scale']:g}, refresh every {base['refresh_every']} steps, residual from step "
         f"{base['warmup_steps'] + 1}; {matrix.LR_WARMUP_STEPS} steps of linear warm-up, then linear decay. The rate "
-        f"is the best of {', '.join(f'{lr:g}' for lr in plan.lrs)} for seed 0, which is one of the seeds; * marks an "
-        f"end of that grid. Commits: {', '.join(made) or 'none'}.",
+        f"is looked for on {', '.join(f'{lr:g}' for lr in plan.lrs)} with seed 0; of those within {plan.lr_margin:g} "
+        "of the best one the mean over all seeds decides (stage 2: the rate of `best`); * marks an end of that grid. "
+        f"Commits: {', '.join(made) or 'none'}.",
     ]
     for task in plan.tasks:
         for stage in (1, 2, 3):

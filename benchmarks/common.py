@@ -262,3 +262,22 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def measuring(
+    name: str, columns: Sequence[str], options: Options, summarise: Callable[[Records, Options], None]
+) -> Iterator[Records]:
+    """Yield the measurements of a part, to be added to with the asked number of threads; at the end summarise them."""
+    records = Records(name, columns, options)
+    try:
+        with threads(options.threads):
+            yield records
+    finally:
+        summarise(records, options)
+
+
+def as_measured(records: Records, options: Options) -> None:
+    """Write OUT/NAME.csv with the measurements as they are."""
+    rows = [row for rows in records.sessions().values() for row in rows]
+    write_rows(options.out / records.path.name, [{**row, **of_environment([row])} for row in rows], records.columns)

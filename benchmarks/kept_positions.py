@@ -16,7 +16,7 @@ layers.
 """
 
 import torch
-from common import Options, Records, of_environment, shown, threads, write_rows
+from common import Options, Records, as_measured, measuring, shown
 from subspace_error import collect, exact
 from torch import Tensor
 from tqdm import tqdm
@@ -31,13 +31,8 @@ SEEN, LATER = 8, 6
 
 def run(options: Options) -> None:
     """Measure what is missing and write OUT/kept_positions.csv."""
-    records = Records(NAME, RAW, options)
-    try:
-        with threads(options.threads):
-            measure(records, options)
-    finally:
-        rows = [row for rows in records.sessions().values() for row in rows]
-        write_rows(options.out / f"{NAME}.csv", [{**row, **of_environment([row])} for row in rows], records.columns)
+    with measuring(NAME, RAW, options, as_measured) as records:
+        measure(records, options)
 
 
 def measure(records: Records, options: Options) -> None:

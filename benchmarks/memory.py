@@ -17,7 +17,7 @@ from typing import Any
 
 import contenders as who
 import torch
-from common import Options, Records, Row, grouped, threads, write_rows
+from common import Options, Records, Row, grouped, measuring, write_rows
 from contenders import Contender, Skip
 from step_time import SLOW
 from torch import Tensor, nn
@@ -36,13 +36,9 @@ SUMMARY = ("workload", "contender", "status", "rank", *FIGURES, "state_over_adam
 
 def run(options: Options) -> None:
     """Measure what is missing and write OUT/memory.csv."""
-    records = Records(NAME, RAW, options)
-    try:
-        with threads(options.threads):
-            for workload, sizes in who.workloads(options).items():
-                measure(workload, sizes, records, options)
-    finally:
-        summarise(records, options)
+    with measuring(NAME, RAW, options, summarise) as records:
+        for workload, sizes in who.workloads(options).items():
+            measure(workload, sizes, records, options)
 
 
 def measure(workload: str, sizes: dict[str, int], records: Records, options: Options) -> None:

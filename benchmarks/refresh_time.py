@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from common import Options, Records, Row, grouped, median, of_environment, seconds, shown, threads, write_rows
+from common import Options, Records, Row, grouped, measuring, median, of_environment, seconds, shown, write_rows
 from contenders import rank_of
 from torch import Tensor
 from tqdm import tqdm
@@ -116,21 +116,17 @@ def _windowed(case: Problem, layout: MatrixLayout, old: Tensor, low: Tensor, nam
 
 def run(options: Options) -> None:
     """Measure what is missing and write OUT/refresh_time.csv."""
-    records = Records(NAME, RAW, options)
-    case = problem(options)
-    try:
-        with threads(options.threads):
-            found = fitters(case)
-            records.drop_partial(list(found), by=("round",))
-            done = {int(row["round"]) for row in records.select()}
-            rounds = [r for r in range(options.pick(full=5, quick=5, tiny=2)) if r not in done]
-            with tqdm(total=len(rounds) * len(found), desc=NAME, disable=None) as bar:
-                for index in rounds:
-                    for name, fit in found.items():
-                        records.append(contender=name, round=index, **_measured(fit, case))
-                        bar.update()
-    finally:
-        summarise(records, options)
+    with measuring(NAME, RAW, options, summarise) as records:
+        case = problem(options)
+        found = fitters(case)
+        records.drop_partial(list(found), by=("round",))
+        done = {int(row["round"]) for row in records.select()}
+        rounds = [r for r in range(options.pick(full=5, quick=5, tiny=2)) if r not in done]
+        with tqdm(total=len(rounds) * len(found), desc=NAME, disable=None) as bar:
+            for index in rounds:
+                for name, fit in found.items():
+                    records.append(contender=name, round=index, **_measured(fit, case))
+                    bar.update()
 
 
 def _measured(fit: Callable[[], Fitted], case: Problem) -> Row:

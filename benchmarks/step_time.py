@@ -26,7 +26,7 @@ import math
 import statistics
 
 import contenders as who
-from common import Options, Records, Row, grouped, median, of_environment, seconds, shown, threads, write_rows
+from common import Options, Records, Row, grouped, measuring, median, of_environment, seconds, shown, write_rows
 from contenders import INTERVAL, Skip
 from torch import nn
 from torch.optim import Optimizer
@@ -59,13 +59,9 @@ SLOW = 10.0
 
 def run(options: Options) -> None:
     """Measure what is missing and write OUT/step_time.csv."""
-    records = Records(NAME, RAW, options)
-    try:
-        with threads(options.threads):
-            for workload, sizes in who.workloads(options).items():
-                measure(workload, sizes, records, options)
-    finally:
-        summarise(records, options)
+    with measuring(NAME, RAW, options, summarise) as records:
+        for workload, sizes in who.workloads(options).items():
+            measure(workload, sizes, records, options)
 
 
 def measure(workload: str, sizes: dict[str, int], records: Records, options: Options) -> None:

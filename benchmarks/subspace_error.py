@@ -26,7 +26,7 @@ from collections.abc import Iterator
 
 import real_model
 import torch
-from common import Options, Records, of_environment, shown, threads, write_rows
+from common import Options, Records, as_measured, measuring, shown
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,13 +47,8 @@ Gradients = dict[tuple[str, int], list[Tensor]]
 
 def run(options: Options) -> None:
     """Measure what is missing and write OUT/subspace_error.csv."""
-    records = Records(NAME, RAW, options)
-    try:
-        with threads(options.threads):
-            measure(records, options)
-    finally:
-        rows = [row for rows in records.sessions().values() for row in rows]
-        write_rows(options.out / f"{NAME}.csv", [{**row, **of_environment([row])} for row in rows], records.columns)
+    with measuring(NAME, RAW, options, as_measured) as records:
+        measure(records, options)
 
 
 def measure(records: Records, options: Options) -> None:

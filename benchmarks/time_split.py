@@ -33,12 +33,12 @@ from common import (
     Records,
     Row,
     grouped,
+    measuring,
     median,
     of_environment,
     seconds,
     shown,
     synchronize,
-    threads,
     write_rows,
 )
 from contenders import INTERVAL, Contender, Skip
@@ -128,12 +128,8 @@ def probes(clock: Clock) -> Iterator[None]:
 
 def run(options: Options) -> None:
     """Measure what is missing and write OUT/time_split.csv."""
-    records = Records(NAME, RAW, options)
-    try:
-        with threads(options.threads):
-            measure(records, options)
-    finally:
-        summarise(records, options)
+    with measuring(NAME, RAW, options, summarise) as records:
+        measure(records, options)
 
 
 def measure(records: Records, options: Options) -> None:

@@ -49,7 +49,8 @@ def make_task(matrix: ModuleType, name: str = "tiny", steps: int = 4) -> Any:
 
 def make_plan(matrix: ModuleType, lrs: tuple[float, ...] = LRS, **changes: Any) -> Any:
     plan = importlib.import_module("ablation_plan").Plan
-    values = {"inputs": {"tiny": INPUTS}, "tasks": [make_task(matrix)], "first_lrs": lrs[:2], "seeds": 2, **changes}
+    values = {"inputs": {"tiny": INPUTS}, "tasks": [make_task(matrix)], "first_lrs": lrs[:2], "seeds": 2}
+    values |= {"lr_margin": 0.0, **changes}
     return plan(lrs=lrs, **values)
 
 
@@ -194,6 +195,23 @@ def test_the_search_goes_outwards_until_the_best_rate_has_two_neighbours(
         assert row.lr_at_edge == (best in (1e-4, 1e-1))
 
 
+def test_rates_that_are_close_for_the_first_seed_are_decided_by_all(modules: SimpleNamespace, tmp_path: Path) -> None:
+    plan, paper = make_plan(modules.matrix, lr_margin=0.01), modules.matrix.PAPER
+
+    def loss(cell: Any) -> float:  # the smaller rate is a little better for seed 0, and much worse for the other
+        return 1.0 + (0.5 * cell.seed if cell.lr == LRS[0] else 0.005)
+
+    fake(plan, modules.matrix, tmp_path, loss, [paper])
+    results = modules.files.read_results(tmp_path)
+    assert len(results) == 4 and plan.best_lr(plan.tasks[0], paper, results) == LRS[1]
+    one = {h: r for h, r in results.items() if not (r["lr"] == LRS[0] and r["seed"] == 1)}
+    assert plan.best_lr(plan.tasks[0], paper, one) is None
+    assert [cell.seed for cell in plan.ready([paper], one)] == [1]
+    follower = modules.matrix.Variant(name="follower", fields={**modules.matrix.BASE, "rank": 8}, like=paper)
+    assert plan.left(plan.tasks[0], follower, one) == 2  # the rate is not known, the seeds are
+    assert {(cell.lr, cell.seed) for cell in plan.ready([follower], results)} == {(LRS[1], 0), (LRS[1], 1)}
+
+
 def test_a_gain_within_its_standard_error_wins_nothing(modules: SimpleNamespace, tmp_path: Path) -> None:
     matrix, plan = modules.matrix, make_plan(modules.matrix)
 
@@ -225,8 +243,11 @@ def test_stage_2_follows_from_the_files_of_stage_1(modules: SimpleNamespace, tmp
     better = {"'fit_window': 4": 0.2, "'residual': None": 0.1, "'residual_select'": 0.05}
     fake(plan, matrix, tmp_path, loss_of(better), matrix.stage1())
     second = plan.stage2(modules.files.read_results(tmp_path))
-    assert [v.name for v in second] == ["best", "best-without-residual", "best-without-window"]
+    assert [v.name for v in second[:3]] == ["best", "best-without-residual", "best-without-window"]
     assert second[0].fields == {**matrix.BASE, "residual": None, "fit_window": 4}  # nothing to select without one
+    others = ["residual-exact", "select-residual", "heads-own", "moments-rotate", "residual-exact-select-residual"]
+    assert [v.name for v in second[3:]] == [f"best-{name}" for name in others]
+    assert all(v.like == second[0] for v in second[1:])
 
 
 def test_values_that_help_only_together_win_together(modules: SimpleNamespace, tmp_path: Path) -> None:

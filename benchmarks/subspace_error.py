@@ -148,7 +148,7 @@ def bases(grads: list[Tensor], fit: int, *, rank: int, heads: int, seed: int) ->
 
 
 def _config(projector: str, rank: int) -> LowRankConfig:
-    """Return a projector's configuration; the warm start is one pass, as in crosslore_plus and LDAdam."""
+    """Return a projector's configuration; the warm start is one pass, as in LDAdam."""
     special = {"oversampling": 0, "power_iterations": 1} if projector == "power" else {}
     return LowRankConfig(rank=rank, projector=projector, **special)  # type: ignore[arg-type]
 

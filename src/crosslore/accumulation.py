@@ -1,5 +1,7 @@
 """What the micro-batches of a step leave behind: compact gradients, and gradients at the kept positions."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,11 @@ from crosslore.stepping import Pending
 
 
 def norm_of(tensor: Tensor) -> float:
-    """Return the norm, computed in fp32 at least; waits for the device."""
-    return float(torch.linalg.vector_norm(tensor, dtype=state_dtype(tensor)))
+    """Return the norm, computed in fp32 at least; waits for the device. Not finite only if an entry is not."""
+    norm = float(torch.linalg.vector_norm(tensor, dtype=state_dtype(tensor)))
+    if math.isfinite(norm) or not bool(tensor.isfinite().all()):
+        return norm
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))  # the squares of large entries overflow
 
 
 def keep_compact_parts(pending: Pending) -> None:

@@ -57,6 +57,7 @@ def suits(method: Method, hp: Hyper, grad: Tensor, t: int) -> bool:
         and type(method.projector).project is Projector.project
         and type(method.projector).add_back_ is Projector.add_back_
         and method.ordinary(t)
+        and not method.moments.restarts
         and not hp.stochastic_rounding
         and grad.dim() == 2
         and grad.dtype in (torch.float32, torch.bfloat16)

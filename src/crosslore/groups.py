@@ -22,7 +22,11 @@ STRUCTURAL = (
     "residual_ratio",
     "residual_select",
     "rule",
+    # Its end is when the positions are chosen: it must not be moved past it.
+    "warmup_steps",
 )
+# Keys that torch's schedulers put into groups, and which resemble options.
+OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 
 
 def plain(value: Any) -> Any:  # Any: torch.optim takes a learning rate as a tensor too
@@ -33,7 +37,7 @@ def plain(value: Any) -> Any:  # Any: torch.optim takes a learning rate as a ten
 def refuse_misspelt(group: dict[str, Any], known: dict[str, Any]) -> None:  # Any: torch's own dict
     """Raise a TypeError for a key that looks like a misspelt option; keys of other tools are left alone."""
     for key in group:
-        if key not in known and get_close_matches(key, known, n=1, cutoff=0.75):
+        if key not in known and key not in OF_SCHEDULERS and get_close_matches(key, known, n=1, cutoff=0.75):
             raise TypeError(unknown_name("group option", key, known))
 
 
@@ -82,6 +86,6 @@ def refuse_structural_change(old: LowRankConfig, new: LowRankConfig) -> None:
         before, after = getattr(old, name), getattr(new, name)
         if before != after:
             raise ValueError(
-                f"{name} cannot change while the optimizer runs, got {after!r} after {before!r}: the state has the "
-                "shapes of the old one. Build a new optimizer."
+                f"{name} cannot change while the optimizer runs, got {after!r} after {before!r}: what the "
+                "state holds depends on it. Build a new optimizer."
             )

@@ -26,6 +26,7 @@ from crosslore.stepping import (
     full_precision,
     full_step,
     needs_whole_gradient,
+    steps_done,
     wait,
 )
 
@@ -64,6 +65,8 @@ class Layerwise:
         self._norms: dict[Tensor, float] = {}
         self._squares: list[float] = []
         self._poisoned: set[Tensor] = set()
+        # Step of each weight's last refresh: a step that is begun again, after a micro-batch was lost, has had it.
+        self._refreshed: dict[Tensor, int] = {}
         # Weights that have stepped since the last `optimizer.step()`.
         self._stepped: set[Tensor] = set()
         self._warned = False
@@ -119,7 +122,10 @@ class Layerwise:
         whole = any(needs_whole_gradient(method_of(item.config, block)) for block in item.blocks)
         if whole and self.max_grad_norm is not None:
             grad.mul_(self._clip_factor(norm))
-        pendings = list(begin(item, grad))
+        t = steps_done(item.state) + 1
+        pendings = list(begin(item, grad, may_refresh=self._refreshed.get(item.weight) != t))
+        if any(pending.method.refresh.due(t) for pending in pendings):
+            self._refreshed[item.weight] = t
         if self.accumulation_steps > 1:
             for pending in pendings:
                 keep_compact_parts(pending)
@@ -194,8 +200,10 @@ class Layerwise:
             self.optimizer.param_groups[0][NORM_KEY] = math.sqrt(sum(self._squares))
             self._squares = []
 
-    def forget(self) -> None:
-        """Drop what was collected, e.g. because another state is loaded."""
+    def forget(self, *, state_changed: bool = False) -> None:
+        """Drop what was collected, and with another state what is known of the old one."""
+        if state_changed:
+            self._refreshed = {}
         self._collected, self._counts, self._norms, self._squares, self._poisoned = {}, {}, {}, [], set()
 
     def grad_norm(self) -> float:
@@ -261,6 +269,7 @@ def attach_layerwise(
         )
     if accumulation_steps > 1:
         _refuse_whole_gradients(optimizer, accumulation_steps)
+    optimizer.param_groups[0].setdefault(NORM_KEY, 0.0)  # so that distributed checkpoints have a place for it
     optimizer.layerwise = Layerwise(
         optimizer, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, clip=clip
     )

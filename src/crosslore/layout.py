@@ -127,6 +127,11 @@ class Block:
     # Steps by which this weight's refreshes are shifted, so that not all of them fall on one step.
     refresh_offset: int = 0
 
+    @property
+    def interleaved(self) -> bool:
+        """Whether its rows are spread over a fused weight, so that `take` copies them."""
+        return self.span is not None and self.layout.rows != self.span.length
+
     def take(self, tensor: Tensor) -> Tensor:
         """Return the matrix of a weight or gradient: a view where it can be one, else a copy (see `put_`).
 
@@ -160,9 +165,14 @@ class Block:
         return cls(**{**plain, "layout": MatrixLayout(**layout), "span": span})
 
 
-def stagger_(blocks: list[list[dict[str, Any]]], every: int) -> None:  # Any: see Block.to_plain
-    """Spread the refreshes of a group's weights evenly over an interval of `every` steps."""
+# Turns of a circle, modulo 1, whose multiples are spread over it evenly, however many they are: the golden ratio.
+GOLDEN = 0.6180339887498949
+
+
+def stagger_(blocks: list[list[dict[str, Any]]], every: int, *, group: int = 0) -> None:  # Any: see Block.to_plain
+    """Spread the refreshes of a group's weights evenly over an interval of `every` steps; groups start apart."""
     low_rank = [plan for plan in blocks if plan]
+    start = int(group * GOLDEN % 1 * every)
     for i, plan in enumerate(low_rank):
         for block in plan:
-            block["refresh_offset"] = i * every // len(low_rank)
+            block["refresh_offset"] = (start + i * every // len(low_rank)) % every

@@ -8,7 +8,7 @@
 | adamw8bit | 2 c + 8 * ceil(c / 256); 8 c below 4096 entries |
 | adafactor | 4 * (rows + columns of the compact matrix) |
 | residual sparse | 12 * round(residual_ratio * m * n); `residual_select` "residual": and 4 * (m + n) |
-| residual norm_scaled, scaled_gradient | 4 |
+| residual norm_scaled, scaled_gradient | 4, for each stacked matrix |
 | residual error_feedback | m * n * bytes of the weight's dtype |
 | residual flora | 4 * (m + n) + 4 c, and no rule |
 | step counter | 4, once for each weight |
@@ -54,7 +54,7 @@ def block_bytes(block: Block, config: LowRankConfig, dtype: torch.dtype) -> int:
         total += (4 + 2 * wide) * max(1, round(config.residual_ratio * entries))
         total += wide * (layout.rows + layout.cols) if config.residual_select == "residual" else 0
     elif config.residual in ("norm_scaled", "scaled_gradient"):
-        total += wide
+        total += wide * math.prod(layout.batch)
     elif config.residual == "error_feedback":
         total += entries * dtype.itemsize
     elif config.residual == "flora":

@@ -97,7 +97,7 @@ class LowRankOptimizer(Optimizer):
                 shapes = zip(names, group["params"], strict=True)
                 group["blocks"] = [default_blocks(n, p, config) if low_rank else [] for n, p in shapes]
             if config.refresh_stagger:
-                stagger_(group["blocks"], config.refresh_every)
+                stagger_(group["blocks"], config.refresh_every, group=len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
             raise
@@ -222,7 +222,7 @@ class LowRankOptimizer(Optimizer):
             for i in range(len(group["params"])):
                 complete_state_(self.item(g, i))
         if self.layerwise is not None:
-            self.layerwise.forget()
+            self.layerwise.forget(state_changed=True)
 
     def _config(self, g: int) -> LowRankConfig:
         """Return the choices of group g; built anew only when one of its plain values has changed."""

@@ -24,6 +24,11 @@ class RefreshEvery:
         shift = self.phase % self.every
         return (t - 1 - shift) // self.every + (shift > 0)
 
+    def age(self, t: int) -> int:
+        """Return how many steps the basis of step t has been in use, that step included."""
+        shift = self.phase % self.every
+        return t if t - 1 < shift else (t - 1 - shift) % self.every + 1
+
     def soon(self, t: int, window: int) -> bool:
         """Return whether a refresh is due within the `window` steps after t."""
         return (self.phase - t) % self.every < window

@@ -117,7 +117,7 @@ def lowrank_step(
         may_fit: False keeps the old basis at a refresh: a zero gradient says nothing about a basis.
     """
     ctx = compact_gradient(grad, state, method, layout, hp, t, name=name, may_fit=may_fit)  # lines 2-5
-    update = method.rule.update(ctx.low, state, t, hp)  # Eq. 7; lines 6-7
+    update = method.rule.update(ctx.low, state, ctx.age, hp)  # Eq. 7; lines 6-7
     apply_update_(weight, update, method, ctx)  # Eq. 5, 9, 12; lines 8-11
 
 
@@ -142,7 +142,8 @@ def compact_gradient(
         refresh_(grad, state, method, layout, hp, t, name=name, carry=carry)
     basis = method.basis(grad, state, layout, hp, t, name=name)
     low = method.projector.project(grad, basis, layout)  # R_t = P_t^T G_t
-    ctx = StepContext(grad, low, basis, state, layout, method.rule, hp, t, name, carry=carry)
+    age = method.refresh.age(t) if method.moments.restarts else t
+    ctx = StepContext(grad, low, basis, state, layout, method.rule, hp, t, age, name, carry=carry)
     collect_sketch_(ctx, grad, low, method, name=name)
     return ctx
 

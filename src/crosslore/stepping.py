@@ -88,9 +88,11 @@ def step_items(items: list[Item], grads: list[Tensor], *, foreach: bool, compile
         foreach: work on all compact tensors of a group at once; the same numbers, more of them alive.
         compiled: take the compiled graph for ordinary steps.
     """
-    turns = [Turn(item, grad, not compiled and compact_tells(item)) for item, grad in zip(items, grads, strict=True)]
     at_once = foreach or any(grad.is_cuda for grad in grads)
+    turns = [Turn(item, grad, not compiled and compact_tells(item)) for item, grad in zip(items, grads, strict=True)]
     for turn in turns:
+        if at_once and any(block.interleaved for block in turn.item.blocks):
+            turn.tells = False  # the copies of all of them would be alive together
         if turn.tells and at_once:
             turn.begin_()
     peaks = largest_of_each([turn.evidence() for turn in turns])
@@ -109,7 +111,7 @@ def step_items(items: list[Item], grads: list[Tensor], *, foreach: bool, compile
             wait(item, grad)
         elif not (compiled and step_compiled(item, grad)):
             for pending in turn.pendings or begin(item, grad):
-                if foreach and not needs_whole_gradient(pending.method):
+                if foreach and not (needs_whole_gradient(pending.method) or pending.block.interleaved):
                     waiting[item.group].append(pending)
                 else:
                     finish(pending)
@@ -149,15 +151,22 @@ def step_compiled(item: Item, grad: Tensor) -> bool:
     return True
 
 
-def begin(item: Item, grad: Tensor) -> Iterator[Pending]:
-    """Yield each block with its compact gradient of the next step; what its state has become is written back."""
+def begin(item: Item, grad: Tensor, *, may_refresh: bool = True) -> Iterator[Pending]:
+    """Yield each block with its compact gradient of the next step; what its state has become is written back.
+
+    Args:
+        item: the weight.
+        grad: its gradient.
+        may_refresh: False keeps basis and moments even if a refresh is due, because this step has done it already.
+    """
     t = steps_done(item.state) + 1
     for block in item.blocks:
         method = method_of(item.config, block)
         matrix, part = block.take(grad), block_state(item.state, block.key)
         # Of a fused weight one part may be all zero; asked at a refresh only.
         asked = block.span is not None and method.projector.fitted and method.refresh.due(t)
-        may_fit = not asked or bool(matrix.any())
+        says_nothing = asked and not bool(matrix.any()) and not ("sketch" in part and bool(part["sketch"].any()))
+        may_fit = may_refresh and not says_nothing
         name = draw_name(item.name, block.key)
         ctx = compact_gradient(matrix, part, method, block.layout, item.hp, t, name=name, may_fit=may_fit)
         write_back(item.state, block.key, part)
@@ -168,7 +177,7 @@ def finish(pending: Pending, update: Tensor | None = None) -> None:
     """Turn the compact gradient into an update and apply it."""
     item, block, ctx = pending.item, pending.block, pending.ctx
     if update is None:
-        update = pending.method.rule.update(ctx.low, ctx.state, ctx.t, ctx.hp)
+        update = pending.method.rule.update(ctx.low, ctx.state, ctx.age, ctx.hp)
     matrix = block.take(item.weight)
     apply_update_(matrix, update, pending.method, ctx)
     write_back(item.state, block.key, ctx.state)
@@ -179,8 +188,8 @@ def finish_many(pendings: list[Pending]) -> None:
     """Do the same for many blocks of one group, the rule on all of them at once."""
     rule, hp = pendings[0].method.rule, pendings[0].ctx.hp
     contexts = [pending.ctx for pending in pendings]
-    steps = [ctx.t for ctx in contexts]
-    updates = rule.update_many([ctx.low for ctx in contexts], [ctx.state for ctx in contexts], steps, hp)
+    ages = [ctx.age for ctx in contexts]
+    updates = rule.update_many([ctx.low for ctx in contexts], [ctx.state for ctx in contexts], ages, hp)
     for pending, update in zip(pendings, updates, strict=True):
         finish(pending, update)
 

@@ -192,8 +192,8 @@ def golore(
     for t, G in enumerate(grads, start=1):
         if (t - 1) % every == 0:
             Z = basis_of(G, rank, (t - 1) // every, basis_at if t > random_after else None)
-            values, vectors = torch.linalg.eigh(Z.T @ Z)
-            P_old, P = P, Z @ vectors @ torch.diag(values**-0.5) @ vectors.T
+            U, _, Vh = torch.linalg.svd(Z, full_matrices=False)
+            P_old, P = P, U @ Vh  # Z (Z^T Z)^(-1/2), without squaring Z's condition
             M = M if P_old is None else P.T @ P_old @ M
         R = P.T @ G
         M, V = moments(M, V, R, b1=b1, b2=b2)

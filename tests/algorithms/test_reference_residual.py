@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from crosslore import LowRankOptimizer, create_optimizer
+
 from . import reference as ref
 from .reference import LinearReference, ReferenceCrossLore
 from .samples import SHAPES, assert_close, gradients, normal, orthonormal, torch_adamw
@@ -213,3 +215,33 @@ def test_ratio_zero_is_galore() -> None:
     galore = ReferenceCrossLore(normal(24, 40), rank=5, lr=1e-2)
     for G in gradients(24, 40, 3):
         assert torch.equal(model.step(G), galore.step(G))
+
+
+def test_an_exact_sum_starts_from_what_the_compact_sum_stands_for() -> None:
+    """AdaGrad's sum at the kept positions would otherwise be 50 steps behind, and the first update 1."""
+    weight = torch.nn.Parameter(torch.zeros(32, 32))
+    group = {"params": [weight], "rank": 4, "residual": "sparse", "residual_ratio": 0.1, "residual_rule": "exact"}
+    more = {"rule": "adagrad", "warmup_steps": 50, "refresh_every": 1000}
+    optimizer = LowRankOptimizer([{**group, **more}], lr=1.0)
+    for t in range(1, 52):
+        weight.grad = torch.randn(32, 32, generator=torch.Generator().manual_seed(t))
+        before = weight.detach().clone()
+        optimizer.step()
+    moved = (weight.detach() - before).view(-1)[optimizer.state[weight]["res_index"].long()]
+    assert moved.square().mean().sqrt() < 0.5
+
+
+def test_without_a_warm_up_layerwise_counts_the_age_of_exact_moments_from_their_first_gradient() -> None:
+    """The positions are chosen in step 1, whose gradients are gone by then: the residual starts in step 2."""
+    layer = torch.nn.Linear(6, 6, bias=False)
+    options = {"rank": 1, "lr": 1.0, "scale": 1.0, "residual_rule": "exact", "residual_ratio": 1.0, "warmup_steps": 0}
+    options |= {"residual_targets": None, "cross_head_targets": None}
+    optimizer = create_optimizer(layer, "crosslore", **options, layerwise=True, accumulation_steps=2)
+    for step in range(2):
+        before = layer.weight.detach().clone()
+        for part in range(2):
+            x = torch.randn(9, 6, generator=torch.Generator().manual_seed(2 * step + part))
+            (layer(x) * x).sum().backward()
+        optimizer.step()
+    # All positions are kept: the whole update is Adam's first one.
+    torch.testing.assert_close((layer.weight.detach() - before).abs(), torch.ones(6, 6), rtol=0, atol=1e-4)

@@ -144,3 +144,45 @@ def test_a_missing_bitsandbytes_names_the_line_that_installs_it() -> None:
 def test_importing_the_package_loads_torch_and_nothing_heavier() -> None:
     code = "import sys, crosslore; print(sorted({'transformers', 'llamafactory', 'bitsandbytes'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit"])
+def test_entries_that_rest_between_gradients_keep_a_bounded_update(name: str) -> None:
+    """Rows of an embedding, entries of very different size: a second moment rounded to 0 would divide by eps."""
+    rule = rule_of(name)
+    size = torch.where(torch.arange(64 * 256).view(64, 256) % 2 == 0, 1.0, 1e-4)
+    state = rule.init(size)
+    for t in range(1, 10):
+        grad = torch.randn(64, 256, generator=torch.Generator().manual_seed(t)).sign() * size * (t % 3 == 1)
+        assert rule.update(grad, state, t, HP).abs().max() < 1.5
+
+
+def test_small_entries_of_a_block_move_as_far_as_large_ones_in_8_bits() -> None:
+    rule = rule_of("adamw8bit")
+    grad = torch.randn(64, 250, generator=torch.Generator().manual_seed(0)).sign()  # no whole number of blocks
+    grad[:, 1::2] *= 1e-3
+    state = rule.init(grad)
+    for t in range(1, 11):
+        update = rule.update(grad, state, t, HP).abs()
+    assert update[:, ::2].mean() == pytest.approx(1, abs=0.02)
+    assert update[:, 1::2].mean() == pytest.approx(1, abs=0.2)  # 1e-6 of the block's largest square: coarse codes
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_on_a_cpu_are_the_nearest_or_beside_it(signed: bool) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra bnb)")
+    from crosslore.rules.adamw8bit import BLOCK_SIZE, _code, quantise
+
+    draws = torch.Generator().manual_seed(0)
+    values = torch.randn(70, 71, generator=draws) * 10.0 ** torch.randint(-7, 1, (70, 71), generator=draws)
+    values = values if signed else values.abs()
+    values[:4] = 0
+    code = _code(signed, values.device)
+    codes, scale = quantise(values, code)
+    assert codes.shape == values.shape
+    scales = scale.clamp_min(1e-30).repeat_interleave(BLOCK_SIZE)[: values.numel()].view(values.shape)
+    nearest = (values[..., None] / scales[..., None] - code).abs().argmin(-1)
+    gap = (codes.int() - nearest).abs()[4:]
+    assert gap.max() <= 1 and (gap > 0).float().mean() < 0.02
+    tiny = (values.abs() < 1e-4 * scales)[4:]
+    assert tiny.any() and not gap[tiny].any()

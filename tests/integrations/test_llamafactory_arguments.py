@@ -57,9 +57,9 @@ def test_every_field_reaches_the_optimizers_configuration(config: dict) -> None:
 
 
 def test_fields_that_belong_together_are_checked_together(config: dict) -> None:
-    """One at a time each of them would contradict the preset."""
-    config |= {"crosslore_preset": "crosslore_plus", "crosslore_fit_window": 1, "crosslore_projector": "svd"}
-    assert parsed(config | {"crosslore_refresh_every": 2}).crosslore_overrides(training_seed=0)["fit_window"] == 1
+    """Alone the projector would contradict the preset."""
+    config |= {"crosslore_projector": "random", "crosslore_cross_head_target": "none"}
+    assert parsed(config).crosslore_overrides(training_seed=0)["cross_head_targets"] is None
 
 
 def test_command_line_words_work_as_a_file_does(config: dict) -> None:

@@ -13,7 +13,7 @@ import torch
 from crosslore import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("galore", "crosslore_plus", "galore-torch", "torch AdamW fused")
+NAMES = ("galore", "crosslore", "galore-torch", "torch AdamW fused")
 FILES = ("step_time", "refresh_time", "memory", "subspace_error", "kept_positions", "time_split")
 ENVIRONMENT = {"profile", "device", "threads", "dtype", "torch", "packages", "source", "python", "commit", "date"}
 
@@ -123,7 +123,7 @@ def test_time_split_accounts_for_the_refresh_in_its_interval(bench, finished):
     assert float(galore["ordinary"]["fit"]) == 0 < float(galore["cycle of 1 steps"]["fit"])
     assert float(galore["amortised"]["fit"]) == pytest.approx(float(galore["cycle of 1 steps"]["fit"]) / 200, rel=1e-3)
     assert all(float(row["project"]) > 0 and float(row["project_back"]) > 0 for row in rows)
-    assert all(float(row["residual"]) > 0 for row in rows if row["contender"] == "crosslore_plus")
+    assert all(float(row["residual"]) > 0 for row in rows if row["contender"] == "crosslore")
 
 
 def test_a_finished_run_is_not_measured_again_unless_fresh(bench, finished, tmp_path):
@@ -195,7 +195,7 @@ def test_a_slow_first_step_counts_as_a_refresh(bench, tmp_path, monkeypatch):
     assert bench("run").main(arguments(tmp_path, "--only", "step_time,b", names=NAMES[1:3])) == 0
     rows = bench("common").read_rows(tmp_path / "raw" / "step_time.csv")
     notes = {row["contender"]: row["note"] for row in rows if row["measure"] == "cycle"}
-    assert notes == {"galore-torch": "first step", "crosslore_plus": ""}
+    assert notes == {"galore-torch": "first step", "crosslore": ""}
     rows = bench("common").read_rows(tmp_path / "memory.csv")
     assert [row["status"] for row in rows] == ["ok", "ok"] and all(int(row["refresh_temporary_bytes"]) for row in rows)
 

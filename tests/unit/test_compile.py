@@ -33,7 +33,9 @@ def test_compiled_steps_equal_the_loop(preset: str, dtype: torch.dtype, monkeypa
         for step in range(12):
             train(model, optimizer, range(step, step + 1))
             scheduler.step()
-    assert 1 <= counter.frame_count <= 4  # of six weights, twelve steps and twelve learning rates; by side and squares
+    # Of six weights, twelve steps and twelve learning rates; by side and squares. Only crosslore_plus compiles a
+    # wide matrix on the right, the key's.
+    assert 1 <= counter.frame_count <= 4 + (preset == "crosslore_plus")
     tolerance = 1e-5 if dtype == torch.float32 else 5 * 1.6e-2
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

@@ -306,3 +306,62 @@ def test_layerwise_takes_our_optimizer_only() -> None:
 def test_switches_are_checked_without_layerwise_too(options: dict, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         create_optimizer(tiny_decoder(), **OPTIONS, **options)
+
+
+def test_a_lost_micro_batch_does_not_refresh_twice() -> None:
+    """The step is begun again: basis and moments are those of the first attempt, and the sketch is not missed."""
+    from crosslore import fitting
+
+    for more in (
+        {"projector": "gaussian", "moments": "rotate_first"},
+        {"projector": "power", "moments": "rotate", "fit_window": 2},
+    ):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(24, 32, bias=False)
+        options = {**more, "refresh_every": 4, "refresh_stagger": False, "rank": 4, "lr": 1e-3}
+        optimizer = create_optimizer(layer, "galore", **options, layerwise=True, accumulation_steps=2)
+
+        def backward(seed: int, factor: float = 1.0, layer: torch.nn.Linear = layer) -> None:
+            x = torch.randn(8, 24, generator=torch.Generator().manual_seed(seed))
+            (layer(x).square().mean() * factor).backward()
+
+        for step in range(4):
+            backward(2 * step)
+            backward(2 * step + 1)
+            optimizer.step()
+        fitting.fallbacks.clear()
+        attempts = []
+        for _ in range(3):
+            backward(100)
+            backward(101, math.nan)
+            optimizer.step()
+            attempts.append({k: v.clone() for k, v in optimizer.state[layer.weight].items()})
+        for again in attempts[1:]:
+            assert all(torch.equal(value, again[key]) for key, value in attempts[0].items())
+        assert not fitting.fallbacks and optimizer.state[layer.weight]["step"] == 4
+        backward(100)
+        backward(102)
+        assert optimizer.state[layer.weight]["step"] == 5
+
+
+def test_a_distributed_checkpoint_keeps_the_norm_that_stale_global_clips_by() -> None:
+    model = tiny_decoder()
+    optimizer = create_optimizer(model, **OPTIONS, layerwise=True, max_grad_norm=0.1, clip="stale-global")
+    assert optimizer.state_dict()["param_groups"][0]["last_grad_norm"] == 0.0  # a place to load it into
+    train(model, optimizer, range(2))
+    saved = optimizer.state_dict()["param_groups"][0]["last_grad_norm"]
+    assert saved > 0
+
+
+def test_large_finite_gradients_step_as_in_a_whole_step() -> None:
+    """The squares of 1e20 are not fp32 numbers."""
+    ends = []
+    for layerwise in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(8, 8, bias=False)
+        optimizer = create_optimizer(layer, "galore", lr=1e-3, rank=4, layerwise=layerwise)
+        (layer(torch.eye(8)).sum() * 1e20).backward()
+        optimizer.step()
+        assert not optimizer.nonfinite_skips
+        ends.append(layer.weight.detach().clone())
+    assert torch.equal(*ends)

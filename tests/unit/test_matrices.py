@@ -1,11 +1,13 @@
 """Weights that are matrices in another form: stacked experts, convolutions, Conv1D, square ones."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from crosslore import LowRankOptimizer, create_optimizer
-from crosslore.layout import Block, MatrixLayout
+from crosslore import LowRankConfig, LowRankOptimizer, create_optimizer
+from crosslore.layout import Block, MatrixLayout, RowSpan
 
 OPTIONS = {"lr": 1e-2, "rank": 3, "scale": 1.0, "refresh_every": 3}
 
@@ -220,3 +222,43 @@ def test_the_experts_of_transformers_models_train_in_low_rank(name: str) -> None
     assert losses == sorted(losses, reverse=True)
     stacked = {n: p for n, p in model.named_parameters() if n.endswith(("gate_up_proj", "down_proj"))}
     assert len(stacked) == 2 and all(optimizer.state[p]["basis"].dim() == 3 for p in stacked.values())
+
+
+@pytest.mark.parametrize("preset", ["fira", "apollo", "apollo_mini"])
+def test_stacked_matrices_have_a_limiter_each(preset: str) -> None:
+    """A spike of one expert's norm damps that one alone."""
+    torch.manual_seed(0)
+    model = Mixture()
+    weight = model.experts.down_proj
+    optimizer = create_optimizer(model, preset, **{**OPTIONS, "rank": 1})
+    others = [torch.randn_like(weight) for _ in range(4)]
+    ends = []
+    for spike in (1.0, 50.0):
+        twin = copy.deepcopy(model)
+        optimizer = create_optimizer(twin, preset, **{**OPTIONS, "rank": 1})
+        for i, grad in enumerate(others):
+            twin.experts.down_proj.grad = grad.clone()
+            twin.experts.down_proj.grad[1] *= spike if i == 2 else 1.0
+            optimizer.step()
+        ends.append(twin.experts.down_proj.detach())
+    changed = [not torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in zip(*ends, strict=True)]
+    assert changed == [False, True, False, False]
+
+
+def test_a_window_is_not_lost_by_a_part_that_got_no_gradient_at_the_refresh() -> None:
+    spans = [RowSpan(start=16 * i, length=16, stride=48) for i in range(3)]
+    layout = MatrixLayout(rows=16, cols=12, rank=4, side="right")
+    blocks = [Block(layout=layout, key=f"part{i}.", span=span).to_plain() for i, span in enumerate(spans)]
+    weight = torch.nn.Parameter(torch.zeros(48, 12))
+    group = {"params": [weight], "rank": 4, "blocks": [blocks]}
+    config = LowRankConfig(rank=4, projector="power", fit_window=2, refresh_every=4)
+    optimizer = LowRankOptimizer([group], lr=1e-3, config=config)
+    for t in range(1, 6):
+        weight.grad = torch.randn(48, 12, generator=torch.Generator().manual_seed(t))
+        if t == 5:
+            weight.grad[:16] = 0
+            before = optimizer.state[weight]["part0.basis"].clone()
+            assert optimizer.state[weight]["part0.sketch"].any()
+        optimizer.step()
+    assert not optimizer.state[weight]["part0.sketch"].any()
+    assert not torch.equal(optimizer.state[weight]["part0.basis"], before)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import pickle
 
 import pytest
@@ -265,3 +266,55 @@ def test_sparse_gradients_are_refused() -> None:
     p.grad = torch.eye(4).to_sparse()
     with pytest.raises(RuntimeError, match="sparse gradients"):
         optimizer.step()
+
+
+def test_complex_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="complex weights are not supported. Use torch.view_as_real"):
+        LowRankOptimizer([torch.nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))])
+
+
+def test_a_sparse_gradient_is_refused_before_anything_changes() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(4, 3)) for _ in range(2)]
+    optimizer = LowRankOptimizer(weights, lr=1.0)
+    weights[0].grad, weights[1].grad = torch.ones(4, 3), torch.eye(4, 3).to_sparse()
+    with pytest.raises(RuntimeError, match=r"sparse gradients are not supported. Use nn.Embedding\(sparse=False\)"):
+        optimizer.step()
+    assert not weights[0].any()
+
+
+def test_groups_that_a_scheduler_has_touched_make_another_optimizer() -> None:
+    layer = torch.nn.Linear(4, 4)
+    optimizer = LowRankOptimizer(layer.parameters(), lr=1e-3)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=10)
+    LowRankOptimizer([dict(group) for group in optimizer.param_groups], lr=1e-3)
+
+
+def test_the_warm_up_of_a_running_group_cannot_be_moved() -> None:
+    """Moved past its end it would never choose positions, and all residuals would go to the first one."""
+    model = tiny_decoder()
+    optimizer = create_optimizer(model, **{**OPTIONS, "warmup_steps": 10})
+    train(model, optimizer, range(5))
+    optimizer.param_groups[0]["warmup_steps"] = 3
+    with pytest.raises(ValueError, match="warmup_steps cannot change while the optimizer runs, got 3 after 10"):
+        train(model, optimizer, range(1))
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_a_gradient_that_turns_bad_between_refreshes_changes_nothing(foreach: bool) -> None:
+    """Found in the compact gradients, on the right and on the left side, before any state changes."""
+    model = tiny_decoder()
+    optimizer = create_optimizer(model, **{**OPTIONS, "refresh_every": 100}, foreach=foreach)
+    train(model, optimizer, range(3))
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    names = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "down_proj.weight"]
+    bad = {name: dict(model.named_parameters())[name] for name in names}
+    for weight, value in zip(bad.values(), (math.inf, -math.inf, math.nan), strict=True):
+        weight.grad[1, 2] = value
+    before = {n: (w.detach().clone(), {k: v.clone() for k, v in optimizer.state[w].items()}) for n, w in bad.items()}
+    optimizer.step()
+    assert set(optimizer.nonfinite_skips) == set(names)
+    for name, weight in bad.items():
+        kept, state = before[name]
+        assert torch.equal(weight, kept)
+        assert all(torch.equal(optimizer.state[weight][key], value) for key, value in state.items())

@@ -160,3 +160,46 @@ def test_the_old_basis_stays_when_nothing_can_be_fitted(monkeypatch: pytest.Monk
 def test_parts_that_do_not_go_together_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LowRankConfig(**options)
+
+
+def test_reset_moments_start_their_bias_correction_again() -> None:
+    """A refresh's first update is then as large as the first one of a run: the sign of a constant gradient."""
+    weight = nn.Parameter(torch.zeros(8, 6))
+    config = LowRankConfig(rank=6, refresh_every=5, moments="reset", projector="svd", refresh_phase=2)
+    optimizer = LowRankOptimizer([{"params": [weight], "rank": 6}], lr=1.0, config=config)
+    for step in range(1, 14):
+        weight.grad = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        before = weight.detach().clone()
+        optimizer.step()
+        update = (weight.detach() - before) @ optimizer.state[weight]["basis"]
+        fresh = step in (1, 3, 8, 13)
+        assert torch.allclose(update.abs(), torch.ones(8, 6), atol=1e-4) == fresh, step
+
+
+@pytest.mark.parametrize("phase", [0, 1, 4, 5, -1])
+def test_the_age_of_a_basis_counts_from_its_refresh(phase: int) -> None:
+    refresh, last = RefreshEvery(5, phase), 1
+    for t in range(1, 30):
+        last = t if refresh.due(t) else last
+        assert refresh.age(t) == t - last + 1
+
+
+def test_groups_of_one_weight_refresh_on_different_steps_too() -> None:
+    layers = [nn.Linear(8, 8, bias=False) for _ in range(8)]
+    groups = [{"params": [layer.weight], "rank": 4, "refresh_stagger": True, "refresh_every": 16} for layer in layers]
+    optimizer = LowRankOptimizer(groups, lr=1e-3)
+    offsets = [group["blocks"][0][0]["refresh_offset"] for group in optimizer.param_groups]
+    assert offsets[0] == 0 and len(set(offsets)) == 8
+
+
+def test_heads_without_a_gradient_leave_the_basis_to_the_others() -> None:
+    from crosslore.layout import MatrixLayout
+    from crosslore.projectors.cross_head import CrossHead, drawn
+
+    layout = MatrixLayout(rows=32, cols=24, rank=8, side="right", heads=4)
+    (head,) = drawn(layout, torch.Generator().manual_seed(0))
+    grad = torch.randn(32, 24, generator=torch.Generator().manual_seed(1))
+    grad[8 * head : 8 * head + 8] = 0
+    basis = CrossHead().fit(grad, layout, previous=None, generator=torch.Generator().manual_seed(0))
+    whole = CrossHead().inner.fit(grad, layout, previous=None, generator=torch.Generator().manual_seed(2))
+    assert torch.linalg.norm(grad @ basis) > 0.9 * torch.linalg.norm(grad @ whole)

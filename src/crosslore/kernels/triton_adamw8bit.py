@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Elements that share one scale; the same as `rules.adamw8bit.BLOCK_SIZE`.
 BLOCK_SIZE = 256
+# The same as `rules.adamw8bit.LOWEST_SECOND`, which says why.
+LOWEST_SECOND = 1
 
 
 def adamw8bit_update_(
@@ -47,7 +49,8 @@ def adamw8bit_update_(
     Raises:
         ValueError: if a tensor is not contiguous, or has another number of elements or another dtype than above.
 
-    Differs from bitsandbytes: in a block of zeros every code is the one of 0; there it is the lowest code.
+    Differs from bitsandbytes: no second moment gets the code of 0, which its block's scale makes 0 where all are; in a
+    block of zeros the codes of M' are the one of 0; there it is the lowest code.
     """
     if update is None:
         update = torch.empty_like(low, dtype=torch.float32, memory_format=torch.contiguous_format)
@@ -66,6 +69,7 @@ def adamw8bit_update_(
                 *(exp_avg, exp_avg_scale, code_signed, exp_avg_sq, exp_avg_sq_scale, code_unsigned),
                 *(beta1, 1 - beta1, beta2, 1 - beta2, 1 - beta1**t, math.sqrt(1 - beta2**t), eps),
                 BLOCK_SIZE=BLOCK_SIZE,
+                LOWEST_SECOND=LOWEST_SECOND,
             )
     return update
 
@@ -99,6 +103,7 @@ def _adamw8bit_kernel(
     correction2: tl.tensor,
     eps: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
+    LOWEST_SECOND: tl.constexpr,
 ) -> None:
     """One program for each block of `BLOCK_SIZE` elements; the arithmetic is that of `adamw_update_`, in its order."""
     block = tl.program_id(0).to(tl.int64)
@@ -111,8 +116,8 @@ def _adamw8bit_kernel(
     second = second * beta2 + one_minus_beta2 * grad * grad  # Eq. 7
     denominator = (tl.div_rn(tl.sqrt_rn(second), correction2) + eps) * correction1
     tl.store(update + at, tl.div_rn(first, denominator), mask=inside)
-    _quantise(first, exp_avg, exp_avg_scale, code_signed, block, at, inside)
-    _quantise(second, exp_avg_sq, exp_avg_sq_scale, code_unsigned, block, at, inside)
+    _quantise(first, exp_avg, exp_avg_scale, code_signed, block, at, inside, LOWEST=0)
+    _quantise(second, exp_avg_sq, exp_avg_sq_scale, code_unsigned, block, at, inside, LOWEST=LOWEST_SECOND)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton ships no types
@@ -133,8 +138,9 @@ def _quantise(
     block: tl.tensor,
     at: tl.tensor,
     inside: tl.tensor,
+    LOWEST: tl.constexpr,
 ) -> None:
-    """Store the scale of one block and the nearest code of each value; a tie goes to the even code.
+    """Store the scale of one block and the nearest code of each value, at least LOWEST; a tie goes to the even code.
 
     So does bitsandbytes' CUDA kernel (`dQuantize`, csrc/kernels.cu): its search ends on an even code, which
     keeps what is not beyond a midpoint. Dividing, where it multiplies by 1 / scale, is safe for the smallest scales.
@@ -148,5 +154,6 @@ def _quantise(
     above = tl.minimum(below + 1, 255)
     midpoint = (tl.load(code + below) + tl.load(code + above)) * 0.5
     goes_up = (value > midpoint) | ((value == midpoint) & (below % 2 == 1))
-    tl.store(codes + at, tl.where(goes_up, above, below).to(tl.uint8), mask=inside)
+    nearest = tl.maximum(tl.where(goes_up, above, below), LOWEST)
+    tl.store(codes + at, nearest.to(tl.uint8), mask=inside)
     tl.store(scales + block, scale)

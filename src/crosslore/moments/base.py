@@ -1,7 +1,7 @@
 """What a moment policy does."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -26,6 +26,9 @@ class Refresh:
 
 class MomentPolicy(Protocol):
     """Adapts the moments to a new basis."""
+
+    # Whether the moments start from zero at a refresh, so that their bias correction counts from there.
+    restarts: ClassVar[bool] = False
 
     def on_refresh(self, state: dict[str, Tensor], refresh: Refresh) -> None:
         """Change the moments in `state` in place."""

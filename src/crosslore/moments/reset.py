@@ -1,19 +1,18 @@
 """The moments start again from zero."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from crosslore.moments.base import Refresh
+from crosslore.moments.base import MomentPolicy, Refresh
 
 
 @dataclass(frozen=True)
-class Reset:
-    """Sets the moments to zero, as FRUGAL does.
+class Reset(MomentPolicy):
+    """Sets the moments to zero, and the step of their bias correction too, as FRUGAL does."""
 
-    Differs from FRUGAL: the step is not reset, so the bias correction does not start again and the first updates
-    after a refresh are smaller instead of as large as the first ones of a run.
-    """
+    restarts: ClassVar[bool] = True
 
     def on_refresh(self, state: dict[str, Tensor], refresh: Refresh) -> None:
         """Zero both moments."""

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from crosslore.config import Hyper
-from crosslore.moments.base import Refresh
+from crosslore.moments.base import MomentPolicy, Refresh
 
 
 @dataclass(frozen=True)
-class RotateFirst:
+class RotateFirst(MomentPolicy):
     """M <- C M with C = P_t^T P_{t-1}; V stays. What GoLore intends (its package drops the result)."""
 
     def on_refresh(self, state: dict[str, Tensor], refresh: Refresh) -> None:
@@ -21,7 +21,7 @@ class RotateFirst:
 
 
 @dataclass(frozen=True)
-class Rotate:
+class Rotate(MomentPolicy):
     """M <- C M, and V as the variance of the old coordinates seen in the new ones, as LDAdam's code does.
 
     With c_i = 1 - beta_i^(t-1) and C * C entry by entry:

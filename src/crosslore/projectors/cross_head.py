@@ -45,6 +45,8 @@ class CrossHead(Projector):
         if layout.side != "right":
             raise ValueError(f"cross-head sharing needs side 'right', got {layout.side!r}. Let `layout` decide it.")
         rows = self.chosen_rows(grad, layout, generator)
+        if not bool(rows.any()):  # heads without a gradient say nothing about a basis; the others do
+            rows = grad
         part = replace(layout, rows=rows.shape[0], heads=1)
         return self.inner.fit(rows, part, previous=previous, generator=generator)
 

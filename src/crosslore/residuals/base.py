@@ -31,6 +31,8 @@ class StepContext:
     hp: Hyper
     # Step, counted from 1.
     t: int
+    # Steps that the moments have seen, this one included: t, unless a refresh resets them.
+    age: int
     # The weight's name, part of the seeds of draws.
     name: str = ""
     # Entries of G_t at the kept positions; None: take them from `grad`.

@@ -23,7 +23,7 @@ class NormScaled(Residual):
     """Fira: W <- W - lr (alpha P N + S), S = (G - alpha P R) * phi, phi = |N| / |R| per channel or matrix.
 
     A channel is a row on the right side, a column on the left, where the compact gradient has the same ones. The
-    norm of S may grow by 1 % per step at most. State: `res_norm`, its last value.
+    norm of S may grow by 1 % per step at most. State: `res_norm`, its last value, one for each stacked matrix.
 
     Differs from the paper: alpha multiplies the projection that is taken off the gradient too, as in the package
     fira, so that S is orthogonal to the subspace for alpha = 1 only.
@@ -33,8 +33,8 @@ class NormScaled(Residual):
     norm_granularity: Literal["channel", "tensor"] = "channel"
 
     def init(self, grad: Tensor, layout: MatrixLayout) -> dict[str, Tensor]:
-        """Return the last norm, 0 before the first step."""
-        return {"res_norm": torch.zeros((), dtype=state_dtype(grad), device=grad.device)}
+        """Return the last norm of each stacked matrix, 0 before the first step."""
+        return {"res_norm": torch.zeros(layout.batch, dtype=state_dtype(grad), device=grad.device)}
 
     def apply_(self, weight: Tensor, update: Tensor, ctx: StepContext) -> None:
         """Apply the projected update and S in two passes over the weight, without a temporary of its size."""
@@ -45,7 +45,7 @@ class NormScaled(Residual):
         whole, inside = self.norms(ctx.grad, ctx.layout), self.norms(low, ctx.layout)
         # |G_j - alpha P R_j|^2 = |G_j|^2 + (alpha^2 - 2 alpha) |R_j|^2, since P has orthonormal columns.
         squares = scaling.square() * (whole.square() + (alpha * alpha - 2 * alpha) * inside.square())
-        scaling = self.limited_(scaling, squares.clamp_(min=0).sum().sqrt(), ctx)
+        scaling = self.limited_(scaling, squares.clamp_(min=0).sum((-2, -1)).sqrt(), ctx)
         a, b = ctx.layout.factors((alpha * (update - scaling * low)).to(weight.dtype), ctx.basis.to(weight.dtype))
         ctx.layout.add_product_(weight, a, b, alpha=hp.step_factor, beta=hp.weight_factor)
         add_scaled_(weight, ctx.grad, scaling, factor=hp.step_factor)
@@ -64,10 +64,10 @@ class NormScaled(Residual):
     def limited_(self, scaling: Tensor, norm: Tensor, ctx: StepContext) -> Tensor:
         """Return `scaling` divided so that the norm grows by at most 1 %; the state keeps the norm reached."""
         last = ctx.state["res_norm"]
-        norm = norm / ctx.rule.bias_factor(ctx.t, ctx.hp)  # peers apply the bias correction afterwards
+        norm = norm / ctx.rule.bias_factor(ctx.age, ctx.hp)  # peers apply the bias correction afterwards
         growth = torch.where(last > 0, (norm / (last + EPS)).clamp(min=LIMIT) / LIMIT, torch.ones_like(norm))
         last.copy_(norm / growth)
-        return scaling / growth
+        return scaling / growth[..., None, None]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ScaledGradient(NormScaled):
         """Apply the scaled gradient in one pass over the weight."""
         assert ctx.grad is not None
         scaling = self.scaling(update, ctx.low.to(update.dtype), ctx.layout)
-        norm = (scaling * self.norms(ctx.grad, ctx.layout)).square().sum().sqrt()
+        norm = (scaling * self.norms(ctx.grad, ctx.layout)).square().sum((-2, -1)).sqrt()
         scaling = self.limited_(scaling, norm, ctx) * ctx.hp.scale**0.5
         if ctx.hp.weight_factor != 1:
             weight.mul_(ctx.hp.weight_factor)

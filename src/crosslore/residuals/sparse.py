@@ -101,6 +101,9 @@ class SparseResidual(Residual):
         index = largest_positions(pieces, kept)
         ctx.state["res_index"] = index.to(torch.int32)
         ctx.state["res_avg_sq"] = torch.zeros_like(ctx.state["res_avg"])
+        if self.residual_rule == "exact" and ctx.rule.sums:
+            # A sum that started from zero would be far behind the compact one: start from what that stands for.
+            ctx.state["res_avg_sq"] += self._guarded(ctx, *kept_positions(ctx.state, ctx.layout))
 
     def _delta(self, update: Tensor, ctx: StepContext, rows: Tensor, cols: Tensor) -> Tensor:
         """Return delta_t at the kept positions, (kept,), a new tensor; Algorithm 2."""
@@ -110,7 +113,7 @@ class SparseResidual(Residual):
         if self.residual_rule == "exact":
             # The first line of Eq. 12 with nothing approximated: the rule's own update minus P N. The moments are
             # those of the gradient at the kept positions and start after the warm-up: bias correction from there.
-            age = t - self.warmup_steps
+            age = t - (self.warmup_steps if ctx.grad is not None else max(1, self.warmup_steps))
             rule.accumulate_(exp_avg, exp_avg_sq, grad, grad * grad, t=age, hp=hp)  # Eq. 6
             full = rule.direction(exp_avg, exp_avg_sq, t=age, hp=hp)  # Eq. 10
             return full.sub_(_sampled(ctx, update, rows, cols))  # Eq. 12, first line
@@ -130,12 +133,19 @@ class SparseResidual(Residual):
         second = ctx.rule.second_moment(ctx.state)
         if second is None:
             return ctx.state["res_avg_sq"]
-        basis = ctx.basis.to(second.dtype)
-        guarded = sampled_product(*ctx.layout.factors(second, basis * basis), rows, cols)
+        basis, guarded = ctx.basis.to(second.dtype), self._guarded(ctx, rows, cols)
         if self.residual_rule == "guarded":
             return guarded.add_(ctx.state["res_avg_sq"])
         printed = sampled_product(*ctx.layout.factors(second, basis), rows, cols).add_(ctx.state["res_avg_sq"])
         return torch.maximum(printed, guarded.mean() * PAPER_FLOOR)
+
+    def _guarded(self, ctx: StepContext, rows: Tensor, cols: Tensor) -> Tensor:
+        """Return (P * P) V' at the kept positions, 0 for a rule without V'."""
+        second = ctx.rule.second_moment(ctx.state)
+        if second is None:
+            return torch.zeros_like(ctx.state["res_avg"])
+        basis = ctx.basis.to(second.dtype)
+        return sampled_product(*ctx.layout.factors(second, basis * basis), rows, cols)
 
 
 def kept_gradient(ctx: StepContext, rows: Tensor, cols: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """AdaGrad: the update is the gradient over the root of the sum of its squares."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ class Adagrad(Rule):
 
     State: `exp_avg_sq`, which is a plain sum here.
     """
+
+    sums: ClassVar[bool] = True
 
     def init(self, low: Tensor) -> State:
         """Return a zero sum of the shape of `low`, fp32."""

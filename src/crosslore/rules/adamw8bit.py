@@ -14,6 +14,12 @@ from crosslore.rules.base import PIECE, Rule, State
 
 # Elements that share one scale; bitsandbytes' block size for optimizer states.
 BLOCK_SIZE = 256
+# Lowest code of a second moment: 0 stands for nothing, and the update of an entry whose second moment is rounded to
+# nothing while its first is not is 1 / eps times too large as soon as one of its gradients is 0. bitsandbytes' own
+# optimizers have this trap; transformers keeps their embeddings, whose rows rest between tokens, in fp32.
+LOWEST_SECOND = 1
+# Values below this share of their block's largest are too close together for bitsandbytes' routine on the CPU.
+COARSE = 1e-3
 # Smaller tensors stay in fp32, as bitsandbytes' `min_8bit_size`.
 MIN_8BIT_SIZE = 4096
 
@@ -35,6 +41,30 @@ def _code(signed: bool, device: torch.device) -> Tensor:
     """Return the 256 values that the 8-bit codes stand for (dynamic tree quantisation)."""
     code: Tensor = _functional().create_dynamic_map(signed=signed)
     return code.to(device)
+
+
+def quantise(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nearest codes of fp32 values, uint8 in their shape, and the largest magnitude of each block.
+
+    bitsandbytes' routine for the CPU (0.50.2) looks a value up in a table of 65536 equal bins, which gives all below
+    1.6e-5 of their block's largest one code. Those are looked up again.
+    """
+    codes, info = _functional().quantize_blockwise(values, code=code, blocksize=BLOCK_SIZE)
+    if values.device.type == "cpu":
+        whole = values.numel() // BLOCK_SIZE * BLOCK_SIZE
+        midpoints, flat, flat_codes = (code[:-1] + code[1:]) / 2, values.reshape(-1), codes.view(-1)
+        for part in (slice(0, whole), slice(whole, None)):
+            if flat[part].numel():
+                rows, scales = flat[part].view(-1, min(BLOCK_SIZE, len(flat[part]))), info.absmax[_blocks(part)]
+                small = rows.abs() < (scales * COARSE)[:, None]
+                exact = rows[small] / scales[small.nonzero()[:, 0]]
+                flat_codes[part].view(rows.shape)[small] = torch.bucketize(exact, midpoints).to(torch.uint8)
+    return codes, info.absmax
+
+
+def _blocks(part: slice) -> slice:
+    """Return the blocks of these elements."""
+    return slice(part.start // BLOCK_SIZE, None if part.stop is None else part.stop // BLOCK_SIZE)
 
 
 @dataclass(frozen=True)
@@ -96,9 +126,9 @@ class AdamW8bit(Rule):
         for key, values in (("exp_avg", first), ("exp_avg_sq", second)):
             if values is not None:
                 code = _code(key == "exp_avg", values.device)
-                codes, info = _functional().quantize_blockwise(values.float(), code=code, blocksize=BLOCK_SIZE)
-                state[key].copy_(codes)
-                state[f"{key}_scale"].copy_(info.absmax)
+                codes, scale = quantise(values.float(), code)
+                state[key].copy_(codes if key == "exp_avg" else codes.clamp_(min=LOWEST_SECOND))
+                state[f"{key}_scale"].copy_(scale)
 
     def accumulate_(self, first: Tensor, second: Tensor, value: Tensor, square: Tensor, *, t: int, hp: Hyper) -> None:
         """Advance both moving averages (Eq. 7), which the residual keeps in fp32."""
@@ -147,7 +177,8 @@ class AdamW8bit(Rule):
 class PagedAdamW8bit(AdamW8bit):
     """`AdamW8bit` with its codes in CUDA's managed memory, which moves to the host when the GPU is full.
 
-    bitsandbytes' own block-wise kernel reads them there. On other devices it is `AdamW8bit`.
+    bitsandbytes' own block-wise kernel reads them there, with its trap (`LOWEST_SECOND`). On other devices it is
+    `AdamW8bit`.
     """
 
     paged: ClassVar[bool] = True

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ class Rule(ABC):
     # "corrected": m_hat / (sqrt(v_hat) + eps), torch and Algorithm 2. "uncorrected": galore-torch,
     # sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps). Of Adam's rules only.
     eps_placement: str = "corrected"
+
+    # Whether its second moment is a sum over all steps instead of an average.
+    sums: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, low: Tensor) -> State:

@@ -120,7 +120,9 @@ class LowRankConfig:
         for kind in named:
             value = getattr(self, kind)
             if value not in REGISTRY[kind] and not (kind == "residual" and value is None):
-                raise ValueError(unknown_name(kind, value, REGISTRY[kind]))
+                known = set(REGISTRY[kind]) - {"cross_head"}  # which wraps the others, see below
+                hint = " None switches it off." if kind == "residual" else ""
+                raise ValueError(unknown_name(kind, value, known) + hint)
         if self.projector == "cross_head":
             raise ValueError(
                 "projector must name how a basis is fitted, got 'cross_head', which wraps another projector. "

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crosslore.checks import check_bool, check_choice
 from crosslore.config import LowRankConfig
-from crosslore.layerwise import Clip, attach_layerwise
+from crosslore.layerwise import Clip, attach_layerwise, refuse_other_layerwise
 from crosslore.layout import Block
 from crosslore.optimizer import LowRankOptimizer
 from crosslore.planning import plan_blocks
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # Names of the paper and of the YAML files, where ours differ.
 PAPER_NAMES = {"alpha": "scale", "warmup_k": "warmup_steps"}
+# Options of `create_optimizer` itself.
+OWN_NAMES = {"lr", "layerwise", "accumulation_steps", "max_grad_norm", "clip", "foreach", "compile"}
 
 
 def create_optimizer(
@@ -62,7 +64,8 @@ def create_optimizer(
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_optimizer takes the model itself, got {type(model).__name__}. Pass `model`.")
     _check_switches(layerwise=layerwise, compile=compile, foreach=False if foreach is None else foreach)
-    _check_layerwise(layerwise, accumulation_steps, max_grad_norm, clip, compile)
+    _check_layerwise(layerwise, accumulation_steps, max_grad_norm, clip, compile, foreach)
+    refuse_other_layerwise(list(model.parameters()))
     chosen = get_preset(preset)
     model = unwrapped(model)
     options = rule_options(chosen)
@@ -88,7 +91,12 @@ def _check_switches(**switches: object) -> None:
 
 
 def _check_layerwise(
-    layerwise: bool, accumulation_steps: int, max_grad_norm: float | None, clip: str, compile: bool
+    layerwise: bool,
+    accumulation_steps: int,
+    max_grad_norm: float | None,
+    clip: str,
+    compile: bool,
+    foreach: bool | None,
 ) -> None:
     """Raise a ValueError for options that go with layerwise only, or not with it."""
     check_choice("clip", clip, ("weight", "stale-global"))
@@ -97,8 +105,11 @@ def _check_layerwise(
             "accumulation_steps and max_grad_norm are for layerwise=True, got layerwise=False. Call backward several "
             "times and torch.nn.utils.clip_grad_norm_ before step(), or set layerwise=True."
         )
-    if layerwise and compile:
-        raise ValueError("compile must be False for layerwise=True, got True: weights step one by one. Leave one out.")
+    for name, value in (("compile", compile), ("foreach", foreach)):
+        if layerwise and value:
+            raise ValueError(f"{name} must not be True for layerwise=True: weights step one by one. Leave one out.")
+    if clip != "weight" and max_grad_norm is None:
+        raise ValueError(f"clip={clip!r} needs a max_grad_norm, got None. Give one, e.g. 1.0, with layerwise=True.")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -116,9 +127,14 @@ def _override(config: LowRankConfig, options: dict[str, Any], overrides: dict[st
     for name in overrides:
         if name not in known and name not in options:
             hint = f" The paper's {name} is `{PAPER_NAMES[name]}` here." if name in PAPER_NAMES else ""
-            raise TypeError(unknown_name("option", name, known | set(options) | {"lr"}) + hint)
+            hint += " It is `lr`, as in torch.optim." if name == "learning_rate" else ""
+            raise TypeError(unknown_name("option", name, known | set(options) | OWN_NAMES) + hint)
     if overrides.get("residual_ratio") and config.residual is None:
         config = replace(config, residual="sparse")  # the ratio asks for it; `residual=None` still switches it off
+    if overrides.get("residual") == "sparse" and not overrides.get("residual_ratio", config.residual_ratio):
+        raise ValueError(
+            "residual='sparse' keeps a share of the positions, got residual_ratio=0. Give one, e.g. the paper's 0.012."
+        )
     options.update({name: value for name, value in overrides.items() if name in options})
     return replace(config, **{name: value for name, value in overrides.items() if name in known})
 

@@ -248,14 +248,7 @@ def attach_layerwise(
     check_choice("clip", clip, ("weight", "stale-global"))
     if max_grad_norm is not None:
         check_float("max_grad_norm", max_grad_norm, low=0.0, low_open=True, hint="None switches clipping off.")
-    for weight in (p for group in optimizer.param_groups for p in group["params"]):
-        hooks = (getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values()
-        other = next((owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Layerwise)), None)
-        if other is not None and other.optimizer is not optimizer:
-            raise ValueError(
-                f"a weight of shape {tuple(weight.shape)} steps inside backward for another optimizer already. Call "
-                "that one's `layerwise.detach()` first, or load the model anew."
-            )
+    refuse_other_layerwise([p for group in optimizer.param_groups for p in group["params"]], optimizer)
     if optimizer.layerwise is not None:
         raise ValueError("the optimizer is layerwise already. Call `optimizer.layerwise.detach()` first.")
     if (
@@ -274,6 +267,18 @@ def attach_layerwise(
         optimizer, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, clip=clip
     )
     return optimizer.layerwise
+
+
+def refuse_other_layerwise(weights: list[Tensor], optimizer: "LowRankOptimizer | None" = None) -> None:
+    """Raise a ValueError if one of the weights steps inside backward for another optimizer than this one."""
+    for weight in weights:
+        hooks = (getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values()
+        other = next((owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Layerwise)), None)
+        if other is not None and other.optimizer is not optimizer:
+            raise ValueError(
+                f"a weight of shape {tuple(weight.shape)} steps inside backward for another optimizer already. Call "
+                "that one's `layerwise.detach()` first, or load the model anew."
+            )
 
 
 def _refuse_whole_gradients(optimizer: "LowRankOptimizer", accumulation_steps: int) -> None:

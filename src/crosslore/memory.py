@@ -27,7 +27,13 @@ from crosslore.rules.adamw8bit import BLOCK_SIZE, MIN_8BIT_SIZE
 
 
 def state_bytes(optimizer: LowRankOptimizer) -> int:
-    """Return the bytes that the optimizer's state takes once every weight has stepped."""
+    """Return the bytes that the optimizer's state takes once every weight has stepped.
+
+    Raises:
+        TypeError: if it is another optimizer.
+    """
+    if not isinstance(optimizer, LowRankOptimizer):
+        raise TypeError(f"state_bytes takes a LowRankOptimizer, got {type(optimizer).__name__}.")
     total = 0
     for g, group in enumerate(optimizer.param_groups):
         config = LowRankConfig.from_group(group)

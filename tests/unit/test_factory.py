@@ -192,3 +192,28 @@ def test_a_model_in_place_of_groups_is_named() -> None:
 
     with pytest.raises(TypeError, match=r"got the model TinyDecoder\. Use create_optimizer"):
         LowRankOptimizer(tiny_decoder())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_wise": True}, "Did you mean 'layerwise'"),
+        ({"accumulation_step": 2}, "Did you mean 'accumulation_steps'"),
+        ({"learning_rate": 1e-3}, "It is `lr`, as in torch.optim"),
+    ],
+)
+def test_a_wrong_name_is_near_the_switches_too(options: dict[str, object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        create_optimizer(tiny_decoder(), lr=1e-3, rank=4, **options)
+
+
+def test_a_sparse_residual_without_a_share_is_refused() -> None:
+    with pytest.raises(ValueError, match="residual='sparse' keeps a share of the positions, got residual_ratio=0"):
+        create_optimizer(tiny_decoder(), "galore", lr=1e-3, rank=4, residual="sparse")
+
+
+def test_known_names_are_those_that_can_be_given() -> None:
+    with pytest.raises(ValueError, match="Known: (?!.*cross_head)"):
+        create_optimizer(tiny_decoder(), lr=1e-3, rank=4, projector="svdd")
+    with pytest.raises(ValueError, match="None switches it off"):
+        create_optimizer(tiny_decoder(), lr=1e-3, rank=4, residual="none")

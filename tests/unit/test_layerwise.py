@@ -277,7 +277,7 @@ def test_zero_grad_drops_what_was_collected() -> None:
 
 
 def test_compiling_layerwise_is_refused() -> None:
-    with pytest.raises(ValueError, match="compile must be False for layerwise=True"):
+    with pytest.raises(ValueError, match="compile must not be True for layerwise=True"):
         create_optimizer(tiny_decoder(), **OPTIONS, layerwise=True, compile=True)
 
 
@@ -365,3 +365,26 @@ def test_large_finite_gradients_step_as_in_a_whole_step() -> None:
         assert not optimizer.nonfinite_skips
         ends.append(layer.weight.detach().clone())
     assert torch.equal(*ends)
+
+
+def test_a_second_optimizer_of_a_layerwise_model_is_refused() -> None:
+    """Its steps would find no gradients: the first one's hooks have taken them."""
+    model = tiny_decoder()
+    first = create_optimizer(model, **OPTIONS, layerwise=True)
+    with pytest.raises(ValueError, match=r"steps inside backward for another optimizer already.*detach\(\)"):
+        create_optimizer(model, **OPTIONS)
+    first.layerwise.detach()
+    create_optimizer(model, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layerwise": True, "foreach": True}, "foreach must not be True for layerwise=True"),
+        ({"clip": "stale-global"}, "clip='stale-global' needs a max_grad_norm, got None"),
+        ({"layerwise": True, "clip": "stale-global"}, "clip='stale-global' needs a max_grad_norm, got None"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_optimizer(tiny_decoder(), **OPTIONS, **options)

@@ -161,6 +161,7 @@ def tables(plan: Plan, rows: Sequence[Row], results: Mapping[str, Result]) -> st
         "of the best one the mean over all seeds decides (stage 2: the rate of `best`); * marks an end of that grid. "
         f"Commits: {', '.join(made) or 'none'}.",
     ]
+    nothing_better = "Nothing to run: the best setting found is the paper's, see the last table."
     for task in plan.tasks:
         for stage in (1, 2, 3):
             mine = [row for row in rows if row.task == task.name and row.stage == stage]
@@ -169,8 +170,27 @@ def tables(plan: Plan, rows: Sequence[Row], results: Mapping[str, Result]) -> st
             names = ["variant", "lr", "held-out loss", "to paper", *["to best"] * (stage == 2)]
             table = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
             table += [markdown(row, second=stage == 2) for row in mine]
-            lines += ["", title, "", *(table if mine else [NOT_RUN])]
+            nothing = nothing_better if stage == 2 and not plan.ready(matrix.stage1(), results) else NOT_RUN
+            lines += ["", title, "", *(table if mine else [nothing])]
+    lines += [
+        "",
+        "**Both tasks**, mean difference to the paper's setting with its standard error",
+        "",
+        *both(plan, results),
+    ]
     return "\n".join(lines) + "\n"
+
+
+def both(plan: Plan, results: Mapping[str, Result]) -> list[str]:
+    """Return the table that decides which values win: a mean below zero by more than its standard error."""
+    candidates = [(f"{f}-{v}", {f: v}) for f, values in matrix.FACTORS.items() for v in values]
+    candidates.append((matrix.TOGETHER_NAME, dict(matrix.TOGETHER)))
+    lines = ["| variant | to paper | |", "|---|---|---|"]
+    for name, values in candidates:
+        mean, error = plan.gain(values, results)
+        found = f"{mean:+.4f} ± {error:.4f}" if math.isfinite(mean) else NOT_RUN
+        lines.append(f"| {name} | {found} | {'better' if mean + error < 0 else ''} |")
+    return lines
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:

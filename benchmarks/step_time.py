@@ -67,7 +67,7 @@ def run(options: Options) -> None:
 def measure(workload: str, sizes: dict[str, int], records: Records, options: Options) -> None:
     """Measure one set of matrices: in each round one step of everyone, then one cycle of everyone with refreshes."""
     race = Race(workload, records, options)
-    rounds = [r for r in range(options.pick(full=10, quick=5, tiny=2)) if r not in race.finished()]
+    rounds = [r for r in range(options.pick(full=5, quick=5, tiny=2)) if r not in race.finished()]
     cycles = {name: race.cycles_left(name) for name in race.names()}
     if not rounds and not any(cycles.values()):
         return

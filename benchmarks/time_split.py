@@ -139,7 +139,7 @@ def measure(records: Records, options: Options) -> None:
     names = [c.name for c in members]
     records.drop_partial(names, by=("round",), measure="ordinary")
     done = {int(row["round"]) for row in records.select(measure="ordinary")}
-    rounds = [r for r in range(options.pick(full=10, quick=3, tiny=2)) if r not in done]
+    rounds = [r for r in range(options.pick(full=5, quick=3, tiny=2)) if r not in done]
     cycled = {row["contender"] for row in records.select(measure="cycle")}
     cycles = [c for c in members if c.cycle and c.name not in cycled]
     if not rounds and not cycles:

@@ -266,7 +266,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted. Run it again: training goes on from its last checkpoint.", file=sys.stderr)
+        print(
+            "\ninterrupted. Run it again: training goes on from its last checkpoint, if it has one by now.",
+            file=sys.stderr,
+        )
         return 130
     print_report(summary, folder)
     return 0

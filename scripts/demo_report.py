@@ -96,6 +96,7 @@ def next_commands(folder: Path) -> list[str]:
     return [
         f"{factory} chat --model_name_or_path {folder / 'train'} --template chatml   # talk to the model",
         f"{factory} train yaml_configs/crosslore_demo.yaml rank=64 output_dir=saves/demo_r64",
-        f"{factory} train yaml_configs/crosslore_demo.yaml crosslore_preset=galore output_dir=saves/demo_galore",
+        f"{factory} train yaml_configs/crosslore_demo.yaml crosslore_preset=galore residual_ratio=0 "
+        "output_dir=saves/demo_galore",
         f"{shown}/python scripts/prepare_data.py e2e   # real rows, then yaml_configs/crosslore_e2e.yaml",
     ]

@@ -46,7 +46,8 @@ def plan_training(folder: Path) -> Plan:
     if not folder.is_dir() or not any(folder.iterdir()):
         return Plan(message=f"training in {folder}")
     if is_finished(folder):
-        return Plan(message=f"{folder} holds a finished run: training afresh, which replaces it", clear_folder=True)
+        moves = f"{folder} holds a finished run, which moves to {previous(folder)}: training afresh"
+        return Plan(message=moves, clear_folder=True)
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     if not complete:
         return Plan(
@@ -54,6 +55,20 @@ def plan_training(folder: Path) -> Plan:
         )
     last = max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")))
     return Plan(message=f"continuing an interrupted run from {last}", checkpoint=last)
+
+
+def previous(folder: Path) -> Path:
+    """Return where the last finished run is kept while another one takes its place."""
+    return folder.with_name(f"{folder.name}.previous")
+
+
+def put_aside(folder: Path) -> None:
+    """Empty the place of a run: a finished one is kept, in place of the one before it."""
+    if is_finished(folder):
+        shutil.rmtree(previous(folder), ignore_errors=True)
+        folder.rename(previous(folder))
+    else:
+        shutil.rmtree(folder)
 
 
 def training_command(config: Path, folder: Path, plan: Plan) -> list[str]:
@@ -92,7 +107,7 @@ def train(config: Path, folder: Path) -> dict[str, Any]:
     command = training_command(config, folder, plan)
     print(f"{plan.message}\n$ {' '.join(command)}", flush=True)
     if plan.clear_folder:
-        shutil.rmtree(folder)
+        put_aside(folder)
     log = folder.with_name("train.log")
     started = time.perf_counter()
     code = run_logged(command, log)

@@ -13,7 +13,7 @@ from crosslore.presets import Preset
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 START, END = "<!-- presets: written by scripts/make_methods_table.py -->", "<!-- end of presets -->"
-HEADER = ("preset", "projector", "refresh", "moments", "residual", "rule", "paper", "where we differ")
+HEADER = ("preset", "rank, alpha", "projector", "refresh", "moments", "residual", "rule", "paper", "where we differ")
 
 
 def main() -> int:
@@ -49,7 +49,7 @@ def row(name: str, preset: Preset) -> tuple[str, ...]:
         rule += ", eps inside"
     rule += f", betas {preset.betas[0]:g} {preset.betas[1]:g}" if preset.betas != (0.9, 0.999) else ""
     parts = projector(config), refresh(config), config.moments, residual(config), rule
-    return f"`{name}`", *parts, preset.paper, differs
+    return f"`{name}`", f"{config.rank}, {config.scale:g}", *parts, preset.paper, differs
 
 
 def projector(config: LowRankConfig) -> str:

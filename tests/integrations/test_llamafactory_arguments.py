@@ -98,6 +98,10 @@ REFUSED = [
         "crosslore_gradients must be 'full' or 'layerwise' in this version, got 'comp",
     ),
     ({"crosslore_clip": "global"}, "unknown crosslore_clip 'global'.*stale-global"),
+    (
+        {"crosslore_projector": "random"},
+        "crosslore_cross_head_target must be `none` for crosslore_projector 'random'.*Set it to `none`",
+    ),
     ({"crosslore_fit_window": 0}, "crosslore_fit_window must be an integer >= 1, got 0"),
     ({"crosslore_moments": "turn"}, "unknown crosslore_moments 'turn'"),
     ({"crosslore_gradients": "layerwise", "fp16": True}, "fp16 must be false with crosslore_gradients 'layerwise'"),

@@ -75,12 +75,23 @@ def test_an_empty_folder_is_trained_afresh(training: ModuleType, tmp_path: Path)
     assert plan.checkpoint is None and not plan.clear_folder
 
 
-def test_a_finished_run_is_announced_and_replaced(training: ModuleType, tmp_path: Path) -> None:
-    write_state(tmp_path)
-    write_state(tmp_path / "checkpoint-10")
-    plan = training.plan_training(tmp_path)
-    assert "finished run" in plan.message
-    assert plan.checkpoint is None and plan.clear_folder
+def test_a_finished_run_is_announced_and_kept_beside_the_new_one(training: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    for model in ("first", "second"):
+        write_state(folder)
+        write_state(folder / "checkpoint-10")
+        (folder / "model").write_text(model)
+        plan = training.plan_training(folder)
+        assert f"finished run, which moves to {tmp_path / 'train.previous'}" in plan.message
+        assert plan.checkpoint is None and plan.clear_folder
+        training.put_aside(folder)
+        assert not folder.exists() and (tmp_path / "train.previous" / "model").read_text() == model
+
+
+def test_an_unfinished_run_is_not_kept(training: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    training.put_aside(tmp_path / "train")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_run_continues_from_its_last_complete_checkpoint(training: ModuleType, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def _in_yaml_names(message: str, given: Iterable[str]) -> str:
     for yaml_name, name in CONFIG_FIELDS.items():
         if name != "rank" and (name in given or message.startswith(name)):
             message = re.sub(rf"(?<![\w`']){name}\b(?!')", yaml_name, message)
-    return message
+    return message.replace("must be None", "must be `none`").replace("Set it to None", "Set it to `none`")
 
 
 def _module_names(yaml_name: str, value: object) -> str | tuple[str, ...] | None:

@@ -71,7 +71,7 @@ def create_crosslore_optimizer(model: nn.Module, training_args: Any, finetuning_
             "layerwise": True,
             "accumulation_steps": training_args.gradient_accumulation_steps,
             "max_grad_norm": training_args.max_grad_norm or None,
-            "clip": finetuning_args.crosslore_clip,
+            "clip": finetuning_args.crosslore_clip if training_args.max_grad_norm else "weight",
         }
     try:
         return create_optimizer(

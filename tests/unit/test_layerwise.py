@@ -344,11 +344,12 @@ def test_a_lost_micro_batch_does_not_refresh_twice() -> None:
         assert optimizer.state[layer.weight]["step"] == 5
 
 
-def test_a_distributed_checkpoint_keeps_the_norm_that_stale_global_clips_by() -> None:
+def test_the_norm_that_stale_global_clips_by_has_its_place_from_the_start() -> None:
     model = tiny_decoder()
     optimizer = create_optimizer(model, **OPTIONS, layerwise=True, max_grad_norm=0.1, clip="stale-global")
-    assert optimizer.state_dict()["param_groups"][0]["last_grad_norm"] == 0.0  # a place to load it into
+    assert optimizer.state_dict()["param_groups"][0]["last_grad_norm"] == 0.0
     train(model, optimizer, range(2))
+    # A distributed checkpoint is loaded into the keys of a fresh optimizer.
     saved = optimizer.state_dict()["param_groups"][0]["last_grad_norm"]
     assert saved > 0
 

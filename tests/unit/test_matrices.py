@@ -230,7 +230,6 @@ def test_stacked_matrices_have_a_limiter_each(preset: str) -> None:
     torch.manual_seed(0)
     model = Mixture()
     weight = model.experts.down_proj
-    optimizer = create_optimizer(model, preset, **{**OPTIONS, "rank": 1})
     others = [torch.randn_like(weight) for _ in range(4)]
     ends = []
     for spike in (1.0, 50.0):

@@ -101,12 +101,13 @@ def load_rows(task: Task, data: Path, tokenizer: Callable[..., Any]) -> tuple[li
 
 def pick_rows(lines: list[str], count: int, max_tokens: int, tokenizer: Callable[..., Any]) -> list[Example]:
     """Return `count` examples that fit, from rows in an order that is the same for everybody."""
-    from crosslore_eval.generate import chatml_prompt
+    from crosslore_eval.prompts import content_of, prompt_writer
 
+    write = prompt_writer("chatml", tokenizer)
     chosen: list[Example] = []
     for i in random.Random(0).sample(range(len(lines)), len(lines)):
         row = json.loads(lines[i])
-        prompt = tokenizer(chatml_prompt(row["instruction"], input_text=row["input"]), add_special_tokens=False)
+        prompt = tokenizer(write(content_of(row["instruction"], row["input"])), add_special_tokens=False)
         answer = tokenizer(f"{row['output']}<|im_end|>\n", add_special_tokens=False)
         example = Example(prompt["input_ids"] + answer["input_ids"], len(prompt["input_ids"]))
         if len(example.ids) <= max_tokens:

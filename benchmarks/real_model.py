@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,7 @@ def find_rows(options: Options) -> tuple[str, list[dict[str, str]]]:
             lines = (folder / PREPARED).read_text(encoding="utf-8").splitlines()
             return "e2e", [json.loads(line) for line in lines]
         if (folder / ORIGINAL).is_file():
-            sys.path.append(str(ROOT / "scripts"))
-            from data_tasks import RESTAURANTS_INSTRUCTION
+            from crosslore_eval.tasks.e2e import RESTAURANTS_INSTRUCTION
 
             with (folder / ORIGINAL).open(encoding="utf-8-sig", newline="") as file:
                 rows = [{"input": row["mr"], "output": row["ref"]} for row in csv.DictReader(file)]

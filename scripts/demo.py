@@ -2,7 +2,7 @@
 
 Scores held-out rows of the bundled data, runs `llamafactory-cli train yaml_configs/crosslore_demo.yaml`, scores the
 same rows again, prints a table, and leaves everything in one folder: `demo.json`, `loss.png`, `train.log`, the
-predictions (`before.json`, `after.json`), and the trained model (`train/`).
+outputs (`before_<task>.jsonl`, `after_<task>.jsonl`), and the trained model (`train/`).
 
     python scripts/get_model.py                  # once
     python scripts/demo.py                       # minutes on 2 CPU cores; uses a GPU when there is one
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,22 +31,11 @@ DEFAULT_OUTPUT = REPO_ROOT / "saves" / "demo"
 # Both evaluations together took 92 + 71 s on 2 CPU cores that were not quite idle.
 DEFAULT_ROWS = 40
 BATCH_SIZE = 40
-PACKAGES = ("llamafactory", "transformers", "sacrebleu", "rich", "matplotlib", "yaml")
+PACKAGES = ("llamafactory", "transformers", "sacrebleu", "pycocoevalcap", "rich", "matplotlib", "yaml")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """A held-out set and how it is scored."""
-
-    name: str
-    metric: str
-    max_new_tokens: int
-
-
-TASKS = (
-    Task(name="restaurants", metric="BLEU", max_new_tokens=64),
-    Task(name="arithmetic", metric="exact match %", max_new_tokens=80),
-)
+# The bundled tasks of `crosslore-eval`, and the score of each that the table shows.
+TASKS = {"restaurants": "BLEU", "arithmetic": "accuracy_strict"}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -69,32 +57,17 @@ def read_config(path: Path) -> dict[str, Any]:
     return {**config, "model_name_or_path": model, "dataset_dir": data}
 
 
-def held_out_file(data: Path, task: Task) -> Path:
+def held_out_file(data: Path, task: str) -> Path:
     """Return the path of a task's held-out rows."""
-    return data / f"{task.name}_test.json"
+    return data / f"{task}_test.json"
 
 
-def read_rows(path: Path, count: int) -> list[dict[str, str]]:
-    """Return the first `count` alpaca rows of a JSON file."""
-    rows: list[dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
-    if not 1 <= count <= len(rows):
-        raise DemoError(f"--rows must be in [1, {len(rows)}] for {path.name}, got {count}.")
-    return rows[:count]
-
-
-def read_references(data: Path, task: Task, rows: list[dict[str, str]]) -> list[list[str]]:
-    """Return all references of each row: those of `<task>_test_references.jsonl` if it is there, else `output`."""
-    file = data / f"{task.name}_test_references.jsonl"
-    if not file.is_file():
-        return [[row["output"]] for row in rows]
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    by_input = {line["input"]: line["references"] for line in lines}
-    absent = [row["input"] for row in rows if row["input"] not in by_input]
-    if absent:
-        raise DemoError(
-            f"{file} has no references for {absent[0]!r}. Make both with: python scripts/make_bundled_data.py"
-        )
-    return [by_input[row["input"]] for row in rows]
+def check_rows(data: Path, count: int) -> None:
+    """Raise `DemoError` unless every task has that many held-out rows."""
+    for task in TASKS:
+        held = len(json.loads(held_out_file(data, task).read_text(encoding="utf-8")))
+        if not 1 <= count <= held:
+            raise DemoError(f"--rows must be in [1, {held}] for {held_out_file(data, task).name}, got {count}.")
 
 
 def sha256_of(path: Path) -> str:
@@ -111,43 +84,48 @@ def model_key(folder: Path) -> str:
     return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
-def score(task: Task, predictions: list[str], references: list[list[str]]) -> dict[str, Any]:
-    """Return the score of one task with the settings that it was computed with."""
-    from crosslore_eval.metrics.accuracy import exact_match
-    from crosslore_eval.metrics.bleu import corpus_bleu
+def evaluate(model: Path, data: Path, rows: int, *, stem: Path) -> dict[str, Any]:
+    """Return scores, seconds and peak memory of one model on the first held-out rows of each task.
 
-    if task.metric == "BLEU":
-        value, signature = corpus_bleu(predictions, references)
-    else:
-        value, signature = exact_match(predictions, [texts[0] for texts in references]), "read:#### N|compare:number"
-    return {"metric": task.metric, "value": value, "signature": signature, "rows": len(references)}
-
-
-def evaluate(model_folder: Path, data: Path, rows: int) -> dict[str, Any]:
-    """Return scores, predictions, seconds and peak memory of one model on the first held-out rows of each task."""
-    import torch
-
-    from crosslore_eval.generate import chatml_prompt, generate, load_model
+    Its outputs are in `<stem>_<task>.jsonl`, as `crosslore-eval predict` writes them.
+    """
+    from crosslore_eval.inputs import read_outputs
+    from crosslore_eval.protocols import find_protocol
+    from crosslore_eval.scoring import corpus_of, references_of, score_corpus
+    from crosslore_eval.tasks import find_task
 
     started = time.perf_counter()
-    model, tokenizer = load_model(model_folder)
-    result: dict[str, Any] = {"scores": {}, "predictions": {}, "device": str(model.device)}
-    for task in TASKS:
-        table = read_rows(held_out_file(data, task), rows)
-        prompts = [chatml_prompt(row["instruction"], input_text=row.get("input", "")) for row in table]
-        answers = generate(
-            model, tokenizer, prompts, max_new_tokens=task.max_new_tokens, batch_size=BATCH_SIZE, label=task.name
-        )
-        result["scores"][task.name] = score(task, answers, read_references(data, task, table))
-        result["predictions"][task.name] = [
-            {"prompt": prompt, "prediction": answer, "reference": row["output"]}
-            for prompt, answer, row in zip(prompts, answers, table, strict=True)
-        ]
-    del model
-    torch.cuda.empty_cache()  # training is another process on the same GPU; does nothing on a CPU
+    result: dict[str, Any] = {"scores": {}, "predictions": {}}
+    for name, metric in TASKS.items():
+        task = find_task(name)
+        out = write_outputs(name, model, data, rows, out=stem.with_name(f"{stem.name}_{name}.jsonl"))
+        outputs = read_outputs(out)
+        references = references_of(outputs, task=task, file=None, data=None, split=None)
+        report = score_corpus(task, find_protocol(task.protocols, None), corpus_of(outputs, references, task=task))
+        scores = report.as_json()["scores"]
+        result["scores"][name] = {"metric": metric, **scores[metric], "rows": report.n, "all": scores}
+        result["predictions"][name] = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     result["seconds"] = time.perf_counter() - started
     result["peak_rss_gib"] = peak_rss_gib(resource.RUSAGE_SELF)
     return result
+
+
+def write_outputs(name: str, model: Path, data: Path, rows: int, *, out: Path) -> Path:
+    """Return the file of a model's outputs for the first held-out rows of a task, written or continued."""
+    from crosslore_eval.errors import EvalError
+    from crosslore_eval.generate import Decoding
+    from crosslore_eval.predict import Settings, predict
+    from crosslore_eval.tasks import find_task
+    from crosslore_eval.tasks.loading import load_rows
+
+    task = find_task(name)
+    examples = task.examples(load_rows(task, task.split(None), folder=data))[:rows]
+    decoding = Decoding(max_new_tokens=task.max_new_tokens)
+    settings = Settings(model=str(model), decoding=decoding, template="chatml", batch_size=BATCH_SIZE)
+    try:
+        return predict(task, examples, settings, out)
+    except EvalError:  # outputs of an earlier demo, of another model: what else is wrong is raised again
+        return predict(task, examples, settings, out, overwrite=True)
 
 
 def evaluate_cached(file: Path, key: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -176,16 +154,9 @@ def evaluation_key(model: str, data: Path, rows: int) -> dict[str, Any]:
     """Return all that an evaluation's scores depend on."""
     from crosslore_eval import __version__
 
-    files = [file for task in TASKS for file in sorted(data.glob(f"{task.name}_test*"))]
+    files = [file for task in TASKS for file in sorted(data.glob(f"{task}_test*"))]
     hashes = {file.name: sha256_of(file) for file in files}
-    tokens = {task.name: task.max_new_tokens for task in TASKS}
-    return {
-        "model": model,
-        "data_sha256": hashes,
-        "rows": rows,
-        "max_new_tokens": tokens,
-        "crosslore_eval": __version__,
-    }
+    return {"model": model, "data_sha256": hashes, "rows": rows, "crosslore_eval": __version__}
 
 
 def git_commit() -> str | None:
@@ -222,15 +193,16 @@ def run_demo(*, config_file: Path, folder: Path, rows: int, skip_training: bool)
     model, data, trained = config["model_name_or_path"], config["dataset_dir"], folder / "train"
     if skip_training and not is_finished(trained):
         raise DemoError(f"--skip-training needs a finished run in {trained}. Train first: python scripts/demo.py")
+    check_rows(data, rows)
     folder.mkdir(parents=True, exist_ok=True)
     key = evaluation_key(model_key(model), data, rows)
     print(f"1/3 scoring {rows} held-out rows of each task before training", flush=True)
-    before = evaluate_cached(folder / "before.json", key, lambda: evaluate(model, data, rows))
+    before = evaluate_cached(folder / "before.json", key, lambda: evaluate(model, data, rows, stem=folder / "before"))
     print("2/3 training", flush=True)
     training = None if skip_training else train(config_file, trained)
     print("3/3 scoring the same rows after training", flush=True)
     key = evaluation_key(model_key(trained), data, rows)
-    after = evaluate_cached(folder / "after.json", key, lambda: evaluate(trained, data, rows))
+    after = evaluate_cached(folder / "after.json", key, lambda: evaluate(trained, data, rows, stem=folder / "after"))
     parts = {"before": before, "training": training, "after": after, "losses": read_losses(trained)}
     if parts["losses"]:
         draw_losses(parts["losses"], folder / "loss.png")

@@ -43,7 +43,7 @@ def table_rows(summary: dict[str, Any]) -> list[list[str]]:
     header = ["", *(f"{task}: {before['scores'][task]['metric']}" for task in tasks), "seconds", "peak GiB"]
 
     def scored(name: str, result: dict[str, Any]) -> list[str]:
-        return [name, *(f"{result['scores'][task]['value']:.2f}" for task in tasks), *_cost(result)]
+        return [name, *(f"{result['scores'][task]['value']:.4g}" for task in tasks), *_cost(result)]
 
     losses = summary["losses"]
     loss = f"loss {losses[0][1]:.3f} -> {losses[-1][1]:.3f}" if losses else "no loss logged"
@@ -63,7 +63,7 @@ def print_report(summary: dict[str, Any], folder: Path) -> None:
     console = Console(highlight=False, markup=False)
     header, *rows = table_rows(summary)
     count = next(iter(summary["before"]["scores"].values()))["rows"]
-    table = Table(title=f"{summary['method']}: {count} held-out rows of each task, {summary['after']['device']}")
+    table = Table(title=f"{summary['method']}: {count} held-out rows of each task")
     for name in header:
         table.add_column(name, justify="right" if name else "left")
     for row in rows:
@@ -72,17 +72,17 @@ def print_report(summary: dict[str, Any], folder: Path) -> None:
     for name, text in example_texts(summary):
         console.print(f"{name}:", style="bold")
         console.print(text, soft_wrap=True)
-    console.print(f"\nIn {folder}: demo.json  loss.png  train.log  before.json  after.json  train/ (the model)")
+    console.print(f"\nIn {folder}: demo.json  loss.png  train.log  before_*.jsonl  after_*.jsonl  train/ (the model)")
     console.print("\nTry next:")
     for command in next_commands(folder):
         console.print(f"  {command}", soft_wrap=True)
 
 
 def example_texts(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the first held-out row of the first task: its prompt, both answers, and the reference."""
+    """Return the first held-out row of the first task: its input, both answers, and the reference."""
     before, after = (next(iter(summary[name]["predictions"].values()))[0] for name in ("before", "after"))
     answers = [("before", before["prediction"]), ("after", after["prediction"])]
-    return [("prompt", before["prompt"]), *answers, ("reference", before["reference"])]
+    return [("input", before["input"]), *answers, ("reference", before["references"][0])]
 
 
 def next_commands(folder: Path) -> list[str]:
@@ -94,6 +94,9 @@ def next_commands(folder: Path) -> list[str]:
         shown = str(bin_folder)
     factory = f"{shown}/llamafactory-cli"
     return [
+        f"{shown}/crosslore-eval compare restaurants {folder}/before_restaurants.jsonl "
+        f"{folder}/after_restaurants.jsonl",
+        f"{shown}/crosslore-eval run restaurants --model {folder / 'train'}   # all 120 held-out rows",
         f"{factory} chat --model_name_or_path {folder / 'train'} --template chatml   # talk to the model",
         f"{factory} train yaml_configs/crosslore_demo.yaml rank=64 output_dir=saves/demo_r64",
         f"{factory} train yaml_configs/crosslore_demo.yaml crosslore_preset=galore residual_ratio=0 "

@@ -50,14 +50,13 @@ def write_inputs(folder: Path) -> Path:
 
 
 def evaluation(bleu: float, accuracy: float, seconds: float) -> dict[str, Any]:
-    rows = [{"prompt": "p [x]", "prediction": f"text {bleu}", "reference": "r"}]
+    rows = [{"input": "p [x]", "prediction": f"text {bleu}", "references": ["r"]}]
     return {
         "scores": {
             "restaurants": {"metric": "BLEU", "value": bleu, "signature": "s", "rows": 2},
-            "arithmetic": {"metric": "exact match %", "value": accuracy, "signature": "s", "rows": 2},
+            "arithmetic": {"metric": "accuracy_strict", "value": accuracy, "signature": "s", "rows": 2},
         },
         "predictions": {"restaurants": rows, "arithmetic": rows},
-        "device": "cpu",
         "seconds": seconds,
         "peak_rss_gib": 1.5,
     }
@@ -66,7 +65,7 @@ def evaluation(bleu: float, accuracy: float, seconds: float) -> dict[str, Any]:
 @pytest.fixture
 def summary() -> dict[str, Any]:
     cost = {"seconds": 200.0, "peak_rss_gib": 3.25}
-    parts = {"before": evaluation(1.25, 0.0, 60.0), "after": evaluation(40.5, 50.0, 30.0), "training": cost}
+    parts = {"before": evaluation(0.12531, 0.0, 60.0), "after": evaluation(0.405, 50.0, 30.0), "training": cost}
     return {"method": "crosslore", "losses": [[5, 2.5], [10, 0.75]], **parts}
 
 
@@ -164,10 +163,10 @@ def test_loss_curve_is_a_png(report: ModuleType, tmp_path: Path) -> None:
 
 def test_table_shows_before_training_and_after(report: ModuleType, summary: dict[str, Any]) -> None:
     assert report.table_rows(summary) == [
-        ["", "restaurants: BLEU", "arithmetic: exact match %", "seconds", "peak GiB"],
-        ["before", "1.25", "0.00", "60", "1.50"],
+        ["", "restaurants: BLEU", "arithmetic: accuracy_strict", "seconds", "peak GiB"],
+        ["before", "0.1253", "0", "60", "1.50"],
         ["training (loss 2.500 -> 0.750)", "-", "-", "200", "3.25"],
-        ["after", "40.50", "50.00", "30", "1.50"],
+        ["after", "0.405", "50", "30", "1.50"],
     ]
 
 
@@ -176,7 +175,7 @@ def test_report_prints_the_table_an_example_and_what_to_try_next(
 ) -> None:
     report.print_report(summary, tmp_path)
     shown = capsys.readouterr().out
-    assert all(text in shown for text in ("40.50", "p [x]", "text 1.25", "text 40.5", "loss.png", "Try next"))
+    assert all(text in shown for text in ("0.405", "p [x]", "text 0.12531", "text 0.405", "loss.png", "Try next"))
     assert "llamafactory-cli train yaml_configs/crosslore_demo.yaml rank=64" in shown
 
 
@@ -205,16 +204,6 @@ def test_key_changes_with_model_data_and_rows(demo: ModuleType, tmp_path: Path) 
     assert len({json.dumps(key, sort_keys=True) for key in keys}) == 4
 
 
-def test_all_references_of_a_row_are_used(demo: ModuleType, tmp_path: Path) -> None:
-    write_inputs(tmp_path)
-    data, task = tmp_path / "data", demo.TASKS[0]
-    rows = demo.read_rows(demo.held_out_file(data, task), 1)
-    assert demo.read_references(data, task, rows) == [["The Otter is a pub in town."]]
-    line = {"input": "name[The Otter]", "references": ["one", "two"]}
-    (data / "restaurants_test_references.jsonl").write_text(json.dumps(line) + "\n")
-    assert demo.read_references(data, task, rows) == [["one", "two"]]
-
-
 def test_the_whole_demo_writes_its_summary(
     demo: ModuleType, training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +211,7 @@ def test_the_whole_demo_writes_its_summary(
         pytest.importorskip(name, reason='needs pip install "crosslore[llamafactory,eval]"')
     config, folder = write_inputs(tmp_path), tmp_path / "saves"
     scored = iter([evaluation(1.0, 0.0, 1.0), evaluation(2.0, 50.0, 1.0)])
-    monkeypatch.setattr(demo, "evaluate", lambda *_: next(scored))
+    monkeypatch.setattr(demo, "evaluate", lambda *_, **__: next(scored))
 
     def run(command: list[str], log: Path) -> int:
         write_state(folder / "train")
@@ -268,7 +257,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(
 def test_more_rows_than_there_are_is_an_error(demo: ModuleType, tmp_path: Path) -> None:
     write_inputs(tmp_path)
     with pytest.raises(demo.DemoError, match=r"--rows must be in \[1, 2\] for restaurants_test.json, got 3"):
-        demo.read_rows(tmp_path / "data" / "restaurants_test.json", 3)
+        demo.check_rows(tmp_path / "data", 3)
 
 
 def test_skip_training_without_a_trained_model_is_an_error(
@@ -294,4 +283,4 @@ def test_the_shipped_configuration_is_what_the_demo_reads(demo: ModuleType) -> N
     assert {"rank", "alpha", "residual_ratio", "warmup_k"} <= set(config)
     assert "bf16" not in config and isinstance(config["learning_rate"], float)
     assert demo.REPO_ROOT / config["output_dir"] == demo.DEFAULT_OUTPUT / "train"
-    assert config["dataset"].split(",") == [f"crosslore_{task.name}" for task in demo.TASKS]
+    assert config["dataset"].split(",") == [f"crosslore_{task}" for task in demo.TASKS]

@@ -11,6 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from crosslore_eval.tasks.e2e import RESTAURANTS_INSTRUCTION
+from crosslore_eval.tasks.gsm8k import ARITHMETIC_INSTRUCTION
+from crosslore_eval.tasks.mawps import mawps_row
+
 ROOT = Path(__file__).resolve().parents[2]
 GSM8K = {"question": "Ann has 2 cats and 3 dogs. How many pets?", "answer": "2 + 3 = <<2+3=5>>5 pets.\n#### 5"}
 MAWPS = {"id": 1, "original_text": "Ann has 7 pens , 2 break .", "segmented_text": "-", "equation": "x=7-2", "ans": 5.0}
@@ -34,8 +38,14 @@ def script(load_script):
 
 
 @pytest.fixture
-def tasks(load_script):
-    return load_script("data_tasks")
+def tasks(script):
+    """The script itself: what it takes from the package has the same names there."""
+    return SimpleNamespace(
+        TASKS=script.TASKS,
+        mawps_row=mawps_row,
+        ARITHMETIC_INSTRUCTION=ARITHMETIC_INSTRUCTION,
+        RESTAURANTS_INSTRUCTION=RESTAURANTS_INSTRUCTION,
+    )
 
 
 @pytest.fixture

@@ -1,0 +1,22 @@
+"""The error that a user of the command line can act on."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class EvalError(ValueError):
+    """Something that the user gave cannot be used; the message says what, its value, what is allowed, what to do."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> EvalError:
+    """Return the error for a name that is not in `known`, with the nearest one.
+
+    Args:
+        kind: what it should have named, for example "task".
+        name: what was given.
+        known: the names there are.
+    """
+    names = list(known)
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return EvalError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")

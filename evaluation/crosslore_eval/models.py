@@ -1,0 +1,127 @@
+"""Models to evaluate: plain checkpoints, what LLaMA-Factory saves, LoRA adapters, and names on the hub."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from crosslore_eval.errors import EvalError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".gguf")
+# Files of a checkpoint that have a weight's ending and are none.
+TRAINING_STATE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "training_args.bin")
+CHUNK_BYTES = 1 << 24
+
+
+def check_model(name: str) -> None:
+    """Raise `EvalError` unless `name` is a folder with a model, or can be a name on the hub."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise EvalError(f"model folder must hold config.json or adapter_config.json, got {name}. {_nearby(folder)}")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise EvalError(f"--model must be a folder or a name on the hub (owner/name), got {name}, which is not there.")
+
+
+def _nearby(folder: Path) -> str:
+    found = sorted({path.parent.name for path in folder.glob("*/*config.json")})
+    return f"Did you mean one of its folders: {', '.join(found)}?" if found else "Check the path, or train first."
+
+
+def model_hash(name: str) -> str:
+    """Return what identifies a model: the sha256 of a folder's weights and configurations; a hub name as it is.
+
+    Args:
+        name: folder or hub name. Optimizer states and logs of a checkpoint do not count.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        is_weight = file.suffix in WEIGHT_ENDINGS and file.name not in TRAINING_STATE
+        if is_weight or file.name in ("config.json", "adapter_config.json", "generation_config.json"):
+            digest.update(file.name.encode())
+            with file.open("rb") as content:
+                while chunk := content.read(CHUNK_BYTES):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+def adapter_base(name: str) -> str | None:
+    """Return the base model that a LoRA adapter's folder names, or None if it is no adapter."""
+    file = Path(name) / "adapter_config.json"
+    if not file.is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return str(base) if base else None
+
+
+def pick_device(name: str | None = None) -> Any:
+    """Return the device of that name; for None the CUDA device when there is one, else the CPU."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise EvalError(f"--device must be a torch device such as cpu or cuda:0, got {name}.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EvalError(f"--device {name} needs a CUDA device, and torch sees none. Leave the option out.")
+    return device
+
+
+def pick_dtype(name: str, device: Any) -> Any:
+    """Return the torch dtype of that name; for "auto" bf16 on a GPU, fp32 on a CPU."""
+    import torch
+
+    if name not in DTYPES:
+        raise EvalError(f"--dtype must be one of {', '.join(DTYPES)}, got {name}.")
+    return getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(name, name))
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a model: of an adapter its own if it was saved with it, else its base's."""
+    from transformers import AutoTokenizer
+
+    base = adapter_base(name)
+    has_own = (Path(name) / "tokenizer_config.json").is_file()
+    return _from_pretrained(AutoTokenizer, name if base is None or has_own else base)
+
+
+def load_model(name: str | Path, *, device: Any = None, dtype: Any = None) -> tuple[Any, Any]:
+    """Return the model in evaluation mode and its tokenizer; `Any` because transformers' classes are dynamic.
+
+    Args:
+        name: folder or hub name; a LoRA adapter is put on its base and merged.
+        device: where to put the model (default: `pick_device()`).
+        dtype: of its weights (default: bf16 on a GPU, fp32 on a CPU).
+
+    Raises:
+        EvalError: if there is no such model, or it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_model(str(name))
+    device = pick_device() if device is None else device
+    dtype = pick_dtype("auto", device) if dtype is None else dtype
+    base = adapter_base(str(name))
+    model = _from_pretrained(AutoModelForCausalLM, str(name) if base is None else base, dtype=dtype)
+    tokenizer = load_tokenizer(str(name))
+    if base is not None:
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            raise EvalError(f"{name} is a LoRA adapter, which needs peft: pip install peft") from error
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))  # tokens that training added
+        model = PeftModel.from_pretrained(model, str(name)).merge_and_unload()
+    return model.to(device).eval(), tokenizer
+
+
+def _from_pretrained(kind: Any, name: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise EvalError(f"cannot load {name}: {type(error).__name__}: {reason}") from error

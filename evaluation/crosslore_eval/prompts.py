@@ -1,0 +1,146 @@
+"""Prompts written exactly as LLaMA-Factory's templates write them in training.
+
+A model that LLaMA-Factory trained with one of its templates carries it as the tokenizer's chat template: `model`, the
+default, uses that. The others are for models that carry none, or another one.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from crosslore_eval.errors import EvalError, unknown_name
+from crosslore_eval.tasks.base import Example
+
+# Cutting a text at a token and writing the prompt again can give a token more: so many tries.
+CUTS = 8
+# The tokenizer's own chat template.
+MODEL_TEMPLATE = "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A user's turn up to where the answer begins; `{bos}` and `{eos}` stand for the tokenizer's tokens."""
+
+    text: str
+    # where an answer of a model that runs on ends
+    stop: tuple[str, ...] = ()
+
+
+# LLaMA-Factory 0.9.5, data/template.py, first turn without a system message. A test holds each against it.
+TEMPLATES: dict[str, Template] = {
+    "alpaca": Template(
+        text="Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\n{content}\n\n### Response:\n",
+        stop=("\n\n### Instruction:",),
+    ),
+    "chatml": Template(
+        text="<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n", stop=("<|im_end|>", "<|im_start|>")
+    ),
+    "default": Template(text="Human: {content}{eos}\nAssistant:", stop=("\nHuman:",)),
+    "empty": Template(text="{content}"),
+    "llama2": Template(text="{bos}[INST] {content} [/INST]"),
+    "llama3": Template(
+        text="{bos}<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        stop=("<|eot_id|>",),
+    ),
+}
+
+
+def content_of(instruction: str, input_text: str = "") -> str:
+    """Return the user's message of an alpaca row: the input on a line of its own after the instruction."""
+    return "\n".join(part for part in (instruction, input_text) if part)
+
+
+def prompt_writer(name: str, tokenizer: Any) -> Callable[[str], str]:  # Any: transformers' classes are dynamic
+    """Return the function that turns a user's message into a prompt.
+
+    Args:
+        name: one of `TEMPLATES`, or "model" for the tokenizer's own chat template.
+        tokenizer: of the model.
+
+    Raises:
+        EvalError: if the name is unknown, or the tokenizer has no chat template.
+    """
+    if name == MODEL_TEMPLATE:
+        if not getattr(tokenizer, "chat_template", None):
+            raise EvalError(
+                "--template model needs a tokenizer with a chat template, and this model's has none. Give the template "
+                f"that it was trained with: --template {' | '.join(TEMPLATES)} (`template:` in LLaMA-Factory's YAML)."
+            )
+        return lambda content: str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+        )
+    if name not in TEMPLATES:
+        raise unknown_name("template", name, [MODEL_TEMPLATE, *TEMPLATES])
+    before, after = TEMPLATES[name].text.split("{content}")
+    tokens = {"{bos}": tokenizer.bos_token or "", "{eos}": tokenizer.eos_token or ""}
+    for mark, token in tokens.items():
+        before, after = before.replace(mark, token), after.replace(mark, token)
+    return lambda content: before + content + after
+
+
+def stops_of(name: str) -> tuple[str, ...]:
+    """Return the texts at which an answer under a template ends."""
+    return TEMPLATES[name].stop if name in TEMPLATES else ()
+
+
+def cut(text: str, stops: tuple[str, ...]) -> str:
+    """Return the answer without surrounding white space, up to the first stop text inside it."""
+    answer = text.strip()
+    ends = [position for stop in stops if (position := answer.find(stop)) >= 0]
+    return answer[: min(ends)].rstrip() if ends else answer
+
+
+@dataclass(kw_only=True)
+class Prompts:
+    """Prompts as text and tokens, and how many lost the end of their input."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+    shortened: int = 0
+
+    def sha256(self, index: int) -> str:
+        """Return the hash of one prompt."""
+        return hashlib.sha256(self.texts[index].encode()).hexdigest()
+
+
+def write_prompts(tokenizer: Any, examples: Sequence[Example], *, template: str, limit: int | None = None) -> Prompts:
+    """Return the prompts of examples; of those that are too long the end of the input is cut, and they are counted.
+
+    Args:
+        tokenizer: of the model; nothing is added to what the template writes.
+        examples: to ask.
+        template: one of `TEMPLATES`, or "model".
+        limit: the most tokens of a prompt; None for no limit.
+
+    Raises:
+        EvalError: if a prompt does not fit even without its input.
+    """
+    write, prompts = prompt_writer(template, tokenizer), Prompts()
+
+    def encode(text: str) -> list[int]:
+        tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
+
+    for number, example in enumerate(examples, start=1):
+        text, kept = write(content_of(example.instruction, example.input)), example.input
+        tokens = encode(text)
+        for _ in range(CUTS):
+            if limit is None or len(tokens) <= limit or not kept:
+                break
+            pieces = encode(kept)
+            kept = str(
+                tokenizer.decode(pieces[: max(0, len(pieces) - (len(tokens) - limit))], skip_special_tokens=True)
+            )
+            text = write(content_of(example.instruction, kept))
+            tokens = encode(text)
+        if limit is not None and len(tokens) > limit:
+            raise EvalError(f"the prompt of example {number} has {len(tokens)} tokens without its input, {limit} fit.")
+        prompts.shortened += kept != example.input
+        prompts.texts.append(text)
+        prompts.tokens.append(tokens)
+    return prompts

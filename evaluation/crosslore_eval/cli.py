@@ -36,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if error.name not in (*SCORING_PACKAGES, *GENERATION_PACKAGES, "matplotlib"):
+        package = str(error.name).partition(".")[0]
+        if package not in (*SCORING_PACKAGES, *GENERATION_PACKAGES, "matplotlib"):
             raise
-        print(f'error: {error.name} is not installed. Install with: pip install "crosslore[eval]"', file=sys.stderr)
+        print(f'error: {package} is not installed. Install with: pip install "crosslore[eval]"', file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,6 +9,12 @@ from crosslore_eval.errors import EvalError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".gguf")
+# Everything else that outputs depend on.
+CONFIGURATIONS = ("config.json", "adapter_config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt",
+)  # fmt: skip
 # Files of a checkpoint that have a weight's ending and are none.
 TRAINING_STATE = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "training_args.bin")
 CHUNK_BYTES = 1 << 24
@@ -30,10 +36,10 @@ def _nearby(folder: Path) -> str:
 
 
 def model_hash(name: str) -> str:
-    """Return what identifies a model: the sha256 of a folder's weights and configurations; a hub name as it is.
+    """Return what identifies a model: a folder's sha256 (weights, configurations, tokenizer), a hub name as it is.
 
     Args:
-        name: folder or hub name. Optimizer states and logs of a checkpoint do not count.
+        name: folder or hub name. Of a LoRA adapter the base counts too; optimizer states and logs do not.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -41,11 +47,14 @@ def model_hash(name: str) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         is_weight = file.suffix in WEIGHT_ENDINGS and file.name not in TRAINING_STATE
-        if is_weight or file.name in ("config.json", "adapter_config.json", "generation_config.json"):
+        if is_weight or file.name in (*CONFIGURATIONS, *TOKENIZER_FILES):
             digest.update(file.name.encode())
             with file.open("rb") as content:
                 while chunk := content.read(CHUNK_BYTES):
                     digest.update(chunk)
+    base = adapter_base(name)
+    if base is not None:
+        digest.update(model_hash(base).encode())
     return digest.hexdigest()
 
 

@@ -55,7 +55,12 @@ class Settings:
             ("temperature", self.decoding.temperature, self.decoding.temperature >= 0, ">= 0 (0 is greedy)"),
             ("top-p", self.decoding.top_p, 0 < self.decoding.top_p <= 1, "in (0, 1]"),
             ("top-k", self.decoding.top_k, self.decoding.top_k >= 0, ">= 0 (0 is all)"),
-            ("max-prompt-tokens", self.max_prompt_tokens, (self.max_prompt_tokens or 1) >= 1, ">= 1"),
+            (
+                "max-prompt-tokens",
+                self.max_prompt_tokens,
+                self.max_prompt_tokens is None or self.max_prompt_tokens >= 1,
+                ">= 1",
+            ),
         ]
         for name, value, holds, allowed in checks:
             if not holds:

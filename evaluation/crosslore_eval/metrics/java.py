@@ -100,6 +100,8 @@ def meteor_lines(requests: Sequence[str]) -> list[str]:
     Raises:
         JavaError: if Java is missing or fails, or an answer is an error.
     """
+    if not requests:
+        return []
     jar = _jar("meteor", "meteor-1.5.jar")
     arguments = [METEOR_HEAP, "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     lines = _run(arguments, "\n".join(requests) + "\n", program="METEOR").split("\n")[:-1]

@@ -1,0 +1,115 @@
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", reason='needs transformers: pip install "crosslore[eval]"')
+
+from crosslore_eval.generate import (  # noqa: E402
+    Answer,
+    Decoding,
+    batches_of,
+    end_tokens,
+    generate_batches,
+    generation_config,
+)
+from crosslore_eval.prompts import write_prompts  # noqa: E402
+from crosslore_eval.tasks.base import Example  # noqa: E402
+
+
+def answer_all(model: Any, tokenizer: Any, encoded: list[list[int]], size: int, **decoding: Any) -> list[Answer]:
+    batches = batches_of([len(tokens) for tokens in encoded], size)
+    settings = Decoding(**{"max_new_tokens": 12, **decoding})
+    found = [answer for rows in generate_batches(model, tokenizer, encoded, batches, settings) for answer in rows]
+    return sorted(found, key=lambda answer: answer.index)
+
+
+@pytest.fixture
+def encoded(tokenizer: Any, examples: list[Example]) -> list[list[int]]:
+    return write_prompts(tokenizer, examples, template="chatml").tokens
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_batched_answers_equal_answers_one_by_one(
+    model: Any, tokenizer: Any, encoded: list[list[int]], size: int
+) -> None:
+    single = answer_all(model, tokenizer, encoded, 1)
+    assert answer_all(model, tokenizer, encoded, size) == single
+    assert len({answer.text for answer in single}) > 1  # the test can fail: answers depend on the prompt
+
+
+def test_batches_hold_every_position_once_longest_first() -> None:
+    assert batches_of([3, 9, 9, 1, 5], 2) == [[1, 2], [4, 0], [3]]
+
+
+def test_generation_stops_at_any_end_token_of_model_or_tokenizer(
+    model: Any, tokenizer: Any, encoded: list[list[int]]
+) -> None:
+    config = generation_config(model, tokenizer, Decoding(max_new_tokens=12))
+    with torch.inference_mode():
+        output = model.generate(input_ids=torch.tensor(encoded[:1]), generation_config=config)[0].tolist()
+    new = output[len(encoded[0]) :]
+    kept = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = [kept, new[3]]  # as if this token ended a turn
+    try:
+        assert end_tokens(model, tokenizer) == [kept, new[3]]
+        answer = answer_all(model, tokenizer, encoded[:1], 1)[0]
+    finally:
+        model.generation_config.eos_token_id = kept
+    end = new.index(new[3])
+    expected = tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert answer == Answer(index=0, text=expected, tokens=end + 1, finish="stop")
+
+
+def test_an_answer_of_the_most_tokens_is_marked(model: Any, tokenizer: Any, encoded: list[list[int]]) -> None:
+    for answer in answer_all(model, tokenizer, encoded, 4, max_new_tokens=2):
+        assert answer.tokens <= 2
+        assert answer.finish == ("length" if answer.tokens == 2 else "stop") or answer.finish == "stop"
+    assert any(answer.finish == "length" for answer in answer_all(model, tokenizer, encoded, 4, max_new_tokens=2))
+
+
+def test_sampling_settings_of_the_model_do_not_reach_greedy_decoding(
+    model: Any, tokenizer: Any, encoded: list[list[int]]
+) -> None:
+    before = answer_all(model, tokenizer, encoded, 8)
+    kept = model.generation_config
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0, no_repeat_ngram_size=1, num_beams=1,
+        eos_token_id=kept.eos_token_id,
+    )  # fmt: skip
+    try:
+        assert answer_all(model, tokenizer, encoded, 8) == before
+    finally:
+        model.generation_config = kept
+
+
+def test_samples_repeat_with_the_seed_and_change_with_it(model: Any, tokenizer: Any, encoded: list[list[int]]) -> None:
+    first = answer_all(model, tokenizer, encoded, 4, temperature=1.0, seed=3)
+    assert answer_all(model, tokenizer, encoded, 4, temperature=1.0, seed=3) == first
+    assert answer_all(model, tokenizer, encoded, 4, temperature=1.0, seed=4) != first
+
+
+def test_a_batch_samples_the_same_whether_or_not_others_came_before(
+    model: Any, tokenizer: Any, encoded: list[list[int]]
+) -> None:
+    settings = Decoding(max_new_tokens=8, temperature=1.0)
+    batches = batches_of([len(tokens) for tokens in encoded], 3)
+    whole = list(generate_batches(model, tokenizer, encoded, batches, settings))
+    assert list(generate_batches(model, tokenizer, encoded, batches[1:], settings)) == whole[1:]
+
+
+@pytest.mark.parametrize("decoding", [{"temperature": 1.0, "top_k": 1}, {"temperature": 1.0, "top_p": 1e-9}])
+def test_sampling_from_one_token_is_greedy(
+    model: Any, tokenizer: Any, encoded: list[list[int]], decoding: dict[str, Any]
+) -> None:
+    greedy = [answer.text for answer in answer_all(model, tokenizer, encoded, 4)]
+    assert [answer.text for answer in answer_all(model, tokenizer, encoded, 4, **decoding)] == greedy
+
+
+def test_a_tokenizer_without_padding_token_pads_with_the_end_of_sequence(model: Any, tokenizer: Any) -> None:
+    class NoPadding:
+        eos_token_id = tokenizer.eos_token_id
+        pad_token_id = None
+
+    config = generation_config(model, NoPadding(), Decoding(max_new_tokens=1))
+    assert config.pad_token_id == tokenizer.eos_token_id

@@ -1,0 +1,211 @@
+"""What can be evaluated, and by what."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers", reason='needs transformers: pip install "crosslore[eval]"')
+
+from crosslore_eval.engines import load_engine  # noqa: E402
+from crosslore_eval.errors import EvalError  # noqa: E402
+from crosslore_eval.generate import Decoding  # noqa: E402
+from crosslore_eval.models import check_model, load_model, load_tokenizer, model_hash, pick_device, pick_dtype  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(model: Any, tokenizer: Any, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter that changes every query projection, saved as peft and LLaMA-Factory save it."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    wrapped = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    folder = tmp_path_factory.mktemp("adapter")
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def logits_of(model: Any) -> Any:
+    with torch.inference_mode():
+        return model(input_ids=torch.arange(20)[None]).logits
+
+
+def test_a_saved_model_loads_in_evaluation_mode(model: Any, model_folder: Path) -> None:
+    loaded, tokenizer = load_model(model_folder, device=torch.device("cpu"))
+    assert not loaded.training
+    assert loaded.dtype == torch.float32
+    assert tokenizer.chat_template
+    torch.testing.assert_close(logits_of(loaded), logits_of(model))
+
+
+def test_a_lora_adapter_is_merged_into_its_base(adapter_folder: Path, model: Any) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    loaded, tokenizer = load_model(adapter_folder, device=torch.device("cpu"))
+    base = json.loads((adapter_folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter_folder).eval()
+    torch.testing.assert_close(logits_of(loaded), logits_of(expected), rtol=1e-4, atol=1e-4)
+    assert (logits_of(loaded) - logits_of(model)).abs().max() > 0.01
+    assert tokenizer.chat_template  # its base's, because it has none of its own
+
+
+def test_an_adapter_own_tokenizer_goes_before_its_base(adapter_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    import copy
+    import shutil
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter_folder, folder)
+    trained = copy.deepcopy(tokenizer)
+    trained.chat_template = "trained"
+    trained.save_pretrained(folder)
+    assert load_tokenizer(str(folder)).chat_template == "trained"
+
+
+def test_the_hash_follows_weights_not_places_or_optimizer_states(model_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copied = tmp_path / "copy"
+    shutil.copytree(model_folder, copied)
+    assert model_hash(str(copied)) == model_hash(str(model_folder))
+    (copied / "optimizer.pt").write_bytes(b"state")
+    (copied / "trainer_state.json").write_text("{}")
+    assert model_hash(str(copied)) == model_hash(str(model_folder))
+    weights = next(copied.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert model_hash(str(copied)) != model_hash(str(model_folder))
+    assert model_hash("owner/name") == "owner/name"
+
+
+def test_a_changed_tokenizer_is_another_model(model_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copied = tmp_path / "copy"
+    shutil.copytree(model_folder, copied)
+    template = next(copied.glob("chat_template*"), copied / "tokenizer_config.json")
+    template.write_text(template.read_text() + " ")
+    assert model_hash(str(copied)) != model_hash(str(model_folder))
+
+
+def test_a_changed_base_is_another_model(adapter_folder: Path, tmp_path: Path, model_folder: Path) -> None:
+    import shutil
+
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(model_folder, base)
+    shutil.copytree(adapter_folder, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    before = model_hash(str(folder))
+    weights = next(base.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert model_hash(str(folder)) != before
+
+
+@pytest.mark.parametrize("name", ["./missing", "/missing/model", "saves/run/checkpoint-30", "~/model", "missing"])
+def test_a_folder_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(EvalError, match=f"must be a folder or a name on the hub .owner/name., got {name}"):
+        check_model(name)
+
+
+def test_a_folder_without_a_model_names_those_below_it(tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match="must hold config.json or adapter_config.json.* train first"):
+        check_model(str(tmp_path))
+    for name in ("checkpoint-30", "checkpoint-60"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(EvalError, match="Did you mean one of its folders: checkpoint-30, checkpoint-60"):
+        check_model(str(tmp_path))
+
+
+def test_a_broken_model_gives_one_line(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(EvalError, match=f"cannot load {tmp_path}: ") as caught:
+        load_model(tmp_path, device=torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_devices_and_dtypes_that_are_not_there_are_refused() -> None:
+    with pytest.raises(EvalError, match="--device must be a torch device such as cpu or cuda:0, got gpu"):
+        pick_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(EvalError, match="--device cuda needs a CUDA device"):
+            pick_device("cuda")
+    with pytest.raises(EvalError, match="--dtype must be one of auto, float32, bfloat16, float16, got int8"):
+        pick_dtype("int8", torch.device("cpu"))
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
+
+
+def test_an_unknown_engine_gets_the_near_name(model_folder: Path) -> None:
+    with pytest.raises(EvalError, match="unknown engine 'transformer'. Did you mean 'transformers'?"):
+        load_engine("transformer", str(model_folder), device="cpu", dtype="auto")
+
+
+# vLLM: not installed where these tests run, so what is asked of it is recorded by a stand-in.
+
+
+def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Install a stand-in for vLLM's interface and return what it was asked."""
+    seen: dict[str, Any] = {"calls": []}
+
+    class LLM:
+        def __init__(self, **options: Any) -> None:
+            seen["options"] = options
+            self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=77))
+
+        def generate(self, prompts: Any, settings: Any, *, lora_request: Any, use_tqdm: bool) -> list[Any]:
+            seen["calls"].append((prompts, settings, lora_request))
+            return [
+                SimpleNamespace(
+                    outputs=[SimpleNamespace(text=f"answer {len(p['prompt_token_ids'])}", token_ids=[1, 2],
+                                             finish_reason="length")]
+                )
+                for p in prompts
+            ]  # fmt: skip
+
+    vllm, lora, request = ModuleType("vllm"), ModuleType("vllm.lora"), ModuleType("vllm.lora.request")
+    vllm.LLM, vllm.SamplingParams = LLM, lambda **settings: settings  # type: ignore[attr-defined]
+    request.LoRARequest = lambda *fields: fields  # type: ignore[attr-defined]
+    for module in (vllm, lora, request):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("crosslore_eval.engines.find_spec", lambda name: object())
+    return seen
+
+
+def test_vllm_gets_tokens_settings_and_adapter(adapter_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = fake_vllm(monkeypatch)
+    engine = load_engine("vllm", str(adapter_folder), device=None, dtype="auto")
+    assert seen["options"]["enable_lora"] is True
+    assert seen["options"]["model"] != str(adapter_folder)
+    assert engine.context == 77
+    decoding = Decoding(max_new_tokens=5, temperature=0.7, top_p=0.9, top_k=0, seed=2)
+    answers = list(engine.answers([[5], [6, 7]], [[1], [0]], decoding))
+    assert [(a.index, a.text, a.tokens, a.finish) for rows in answers for a in rows] == [
+        (1, "answer 2", 2, "length"), (0, "answer 1", 2, "length"),
+    ]  # fmt: skip
+    prompts, settings, lora = seen["calls"][0]
+    assert prompts == [{"prompt_token_ids": [6, 7]}]
+    assert settings == {"max_tokens": 5, "temperature": 0.7, "top_p": 0.9, "top_k": -1, "seed": 2_000_007}
+    assert lora == ("adapter", 1, str(adapter_folder))
+
+
+def test_vllm_that_is_not_installed_says_so(model_folder: Path) -> None:
+    pytest.importorskip("crosslore_eval.engines")
+    from importlib.util import find_spec
+
+    if find_spec("vllm"):
+        pytest.skip("vLLM is installed")
+    with pytest.raises(EvalError, match="--engine vllm needs vLLM: pip install vllm"):
+        load_engine("vllm", str(model_folder), device=None, dtype="auto")
+
+
+def test_a_device_with_vllm_is_refused(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_vllm(monkeypatch)
+    with pytest.raises(EvalError, match="--device is not used with --engine vllm, got cpu"):
+        load_engine("vllm", str(model_folder), device="cpu", dtype="auto")

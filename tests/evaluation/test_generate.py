@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,3 +114,22 @@ def test_a_tokenizer_without_padding_token_pads_with_the_end_of_sequence(model: 
 
     config = generation_config(model, NoPadding(), Decoding(max_new_tokens=1))
     assert config.pad_token_id == tokenizer.eos_token_id
+
+
+EMBEDDED = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not EMBEDDED.is_dir(), reason="needs the embedded model: make model")
+def test_a_pretrained_model_answers_50_prompts_alike_in_batches_of_16_and_one_by_one() -> None:
+    from crosslore_eval.models import load_model
+    from crosslore_eval.tasks import find_task
+    from crosslore_eval.tasks.loading import load_rows
+
+    task = find_task("restaurants")
+    rows = load_rows(task, task.split(None), folder=EMBEDDED.parents[1] / "data")
+    model, tokenizer = load_model(EMBEDDED, device=torch.device("cpu"))
+    encoded = write_prompts(tokenizer, task.examples(rows)[:50], template="model").tokens
+    single = answer_all(model, tokenizer, encoded, 1)
+    assert answer_all(model, tokenizer, encoded, 16) == single
+    assert len({answer.text for answer in single}) > 25

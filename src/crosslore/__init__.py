@@ -6,6 +6,7 @@
 Importing this package loads torch and nothing heavier.
 """
 
+from crosslore.compact.attach import attach_compact
 from crosslore.config import LowRankConfig
 from crosslore.factory import create_optimizer
 from crosslore.layerwise import attach_layerwise
@@ -21,6 +22,7 @@ __all__ = [
     "LowRankOptimizer",
     "MatrixLayout",
     "__version__",
+    "attach_compact",
     "attach_layerwise",
     "create_optimizer",
 ]

@@ -25,6 +25,7 @@ def keep_compact_parts(pending: Pending) -> None:
     assert grad is not None
     ctx.kept, ctx.grad = compact_parts(pending, grad, ctx.low), None
     ctx.low = ctx.low.to(state_dtype(ctx.low))  # the sum of many is as precise as the moments
+    ctx.late = True
 
 
 def compact_parts(pending: Pending, grad: Tensor, low: Tensor) -> Tensor | None:
@@ -59,3 +60,6 @@ def scale_(pending: Pending, factor: float) -> None:
         ctx.kept.mul_(factor)
     elif ctx.grad is not None:
         ctx.grad.mul_(factor)
+    if ctx.entries is not None:
+        unscaled = ctx.entries
+        ctx.entries = lambda rows, cols: unscaled(rows, cols) * factor

@@ -2,13 +2,15 @@
 
 import logging
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crosslore.checks import check_bool, check_choice
+from crosslore.compact.attach import attach_compact, refuse_whole_gradients
+from crosslore.compact.linear import refuse_other_compact
 from crosslore.config import LowRankConfig
 from crosslore.layerwise import Clip, attach_layerwise, refuse_other_layerwise
 from crosslore.layout import Block
@@ -22,8 +24,10 @@ logger = logging.getLogger(__name__)
 
 # Names of the paper and of the YAML files, where ours differ.
 PAPER_NAMES = {"alpha": "scale", "warmup_k": "warmup_steps"}
+Gradients = Literal["full", "layerwise", "compact"]
+MODES: tuple[Gradients, ...] = ("full", "layerwise", "compact")
 # Options of `create_optimizer` itself.
-OWN_NAMES = {"lr", "layerwise", "accumulation_steps", "max_grad_norm", "clip", "foreach", "compile"}
+OWN_NAMES = {"lr", "gradients", "layerwise", "accumulation_steps", "max_grad_norm", "clip", "foreach", "compile"}
 
 
 def create_optimizer(
@@ -31,6 +35,7 @@ def create_optimizer(
     preset: str = "crosslore",
     *,
     lr: float,
+    gradients: Gradients | None = None,
     layerwise: bool = False,
     accumulation_steps: int = 1,
     max_grad_norm: float | None = None,
@@ -48,9 +53,12 @@ def create_optimizer(
         model: any module. Attention heads are read from `model.config` when it has one.
         preset: a name of `PRESETS`.
         lr: learning rate per step; the paper uses 1e-6 with scale 16 to 128.
-        layerwise: step each weight inside backward and free its gradient at once; see `attach_layerwise`.
-        accumulation_steps: backward passes per step. For layerwise only.
-        max_grad_norm: largest gradient norm, None: no clipping. For layerwise only: else clip before `step()`.
+        gradients: "full": as any optimizer. "layerwise": step each weight inside backward and free its gradient at
+            once; see `attach_layerwise`. "compact": linear layers hand over P^T G and never form G between refreshes;
+            see `attach_compact`. None is "full", or "layerwise" if that is set.
+        layerwise: the same as gradients="layerwise".
+        accumulation_steps: backward passes per step. Not for full gradients.
+        max_grad_norm: largest gradient norm, None: no clipping. For full gradients clip before `step()` instead.
         clip: what that norm is of: "weight" or "stale-global". For layerwise only.
         foreach: see `LowRankOptimizer`.
         compile: see `LowRankOptimizer`.
@@ -64,21 +72,27 @@ def create_optimizer(
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_optimizer takes the model itself, got {type(model).__name__}. Pass `model`.")
     _check_switches(layerwise=layerwise, compile=compile, foreach=False if foreach is None else foreach)
-    _check_layerwise(layerwise, accumulation_steps, max_grad_norm, clip, compile, foreach)
+    mode = _gradients(gradients, layerwise)
+    _check_mode(mode, accumulation_steps, max_grad_norm, clip, compile, foreach)
     refuse_other_layerwise(list(model.parameters()))
+    refuse_other_compact(model.parameters())
     chosen = get_preset(preset)
     model = unwrapped(model)
     options = rule_options(chosen)
     config = _override(chosen.config, options, overrides)
     _refuse_unsupported(model)
+    if mode == "compact":
+        refuse_whole_gradients(config.residual)
     low_rank = plan_blocks(model, config, explicit=frozenset(overrides))
     ends = {id(weight) for weight in embedding_weights(model).values()}
     frozen = ends if config.embeddings == "frozen" else set()
     weights = [(plain_name(n), p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in frozen]
     groups = _groups(weights, low_rank, weight_decay=options["weight_decay"])
     optimizer = LowRankOptimizer(groups, lr=lr, **options, config=config, foreach=foreach, compile=compile)
-    if layerwise:
+    if mode == "layerwise":
         attach_layerwise(optimizer, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, clip=clip)
+    elif mode == "compact":
+        attach_compact(optimizer, model, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm)
     for weight in embedding_weights(model).values():
         weight.requires_grad_(weight.requires_grad and id(weight) not in frozen)
     _log_summary(preset, config, low_rank, total=len(weights))
@@ -90,23 +104,41 @@ def _check_switches(**switches: object) -> None:
         check_bool(name, value, hint="It is a switch.")
 
 
-def _check_layerwise(
-    layerwise: bool,
+def _gradients(gradients: str | None, layerwise: bool) -> str:
+    """Return the mode that two options name together."""
+    if gradients is not None:
+        check_choice("gradients", gradients, MODES)
+    if layerwise and gradients not in (None, "layerwise"):
+        raise ValueError(f"layerwise=True is gradients='layerwise', got gradients={gradients!r} too. Leave one out.")
+    return gradients or ("layerwise" if layerwise else "full")
+
+
+def _check_mode(
+    mode: str,
     accumulation_steps: int,
     max_grad_norm: float | None,
     clip: str,
     compile: bool,
     foreach: bool | None,
 ) -> None:
-    """Raise a ValueError for options that go with layerwise only, or not with it."""
+    """Raise a ValueError for options that do not go with the way in which gradients come."""
     check_choice("clip", clip, ("weight", "stale-global"))
-    if not layerwise and (accumulation_steps != 1 or max_grad_norm is not None):
+    if mode == "full" and (accumulation_steps != 1 or max_grad_norm is not None):
         raise ValueError(
-            "accumulation_steps and max_grad_norm are for layerwise=True, got layerwise=False. Call backward several "
-            "times and torch.nn.utils.clip_grad_norm_ before step(), or set layerwise=True."
+            "accumulation_steps and max_grad_norm are for layerwise=True and gradients='compact', got neither. Call "
+            "backward several times and torch.nn.utils.clip_grad_norm_ before step(), or set one of them."
+        )
+    if mode == "compact" and clip != "weight":
+        raise ValueError(
+            f"clip is for layerwise=True, got clip={clip!r} with gradients='compact', which clips the global norm of "
+            "the step itself. Leave it out."
+        )
+    if mode == "compact" and compile:
+        raise ValueError(
+            "compile must be False for gradients='compact': the compiled step takes whole gradients. Leave one out."
         )
     for name, value in (("compile", compile), ("foreach", foreach)):
-        if layerwise and value:
+        if mode == "layerwise" and value:
             raise ValueError(f"{name} must not be True for layerwise=True: weights step one by one. Leave one out.")
     if clip != "weight" and max_grad_norm is None:
         raise ValueError(f"clip={clip!r} needs a max_grad_norm, got None. Give one, e.g. 1.0, with layerwise=True.")

@@ -249,8 +249,9 @@ def attach_layerwise(
     if max_grad_norm is not None:
         check_float("max_grad_norm", max_grad_norm, low=0.0, low_open=True, hint="None switches clipping off.")
     refuse_other_layerwise([p for group in optimizer.param_groups for p in group["params"]], optimizer)
-    if optimizer.layerwise is not None:
-        raise ValueError("the optimizer is layerwise already. Call `optimizer.layerwise.detach()` first.")
+    for mode in ("layerwise", "compact"):
+        if getattr(optimizer, mode) is not None:
+            raise ValueError(f"the optimizer is {mode} already. Call `optimizer.{mode}.detach()` first.")
     if (
         torch.distributed.is_available()
         and torch.distributed.is_initialized()

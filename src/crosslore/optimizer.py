@@ -11,6 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from crosslore.checkpoint import check_same_structure, restore_dtypes
+from crosslore.compact.gradients import CompactGradients
 from crosslore.config import LowRankConfig, check_hyper
 from crosslore.groups import default_blocks, hyper_of, plain, refuse_misspelt, refuse_structural_change
 from crosslore.layerwise import Layerwise
@@ -74,6 +75,7 @@ class LowRankOptimizer(Optimizer):
         check_hyper(lr=plain(lr), betas=betas, eps=eps, weight_decay=weight_decay)
         self.nonfinite_skips: dict[str, int] = {}
         self.layerwise: Layerwise | None = None
+        self.compact: CompactGradients | None = None
         self.foreach, self.compile = foreach, compile
         self._forget()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -114,6 +116,7 @@ class LowRankOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("nonfinite_skips", {})
         self.__dict__.setdefault("layerwise", None)
+        self.__dict__.setdefault("compact", None)
         self.__dict__.setdefault("foreach", None)
         self.__dict__.setdefault("compile", False)
         self._forget()
@@ -144,7 +147,8 @@ class LowRankOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Do one step of every weight that has a gradient; return the closure's loss.
 
-        In layerwise mode the weights have stepped inside backward already; what is left is done here.
+        In layerwise mode the weights have stepped inside backward already; what is left is done here, and so is what
+        linear layers with compact gradients handed over.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -158,6 +162,8 @@ class LowRankOptimizer(Optimizer):
                 loss = closure()
         if self.layerwise is not None:
             self.layerwise.finish_step()
+        if self.compact is not None and not self.compact.finish_unscaled():
+            return loss
         todo = [(g, i, p) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])]
         self._step([item for item in todo if item[2].grad is not None and item[2].numel() > 0])
         return loss
@@ -173,11 +179,17 @@ class LowRankOptimizer(Optimizer):
         if weight.grad is not None and weight.numel() > 0:
             self._step([(g, i, weight)])
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tell torch's GradScaler to leave the loss scale to `step`: it does not see compact gradients."""
+        return self.compact is not None
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, and what layerwise has collected of those that have not stepped."""
+        """Drop the gradients, and what layerwise and compact gradients hold of weights that have not stepped."""
         super().zero_grad(set_to_none)
-        if self.layerwise is not None:
-            self.layerwise.forget()
+        for mode in (self.layerwise, self.compact):
+            if mode is not None:
+                mode.forget()
 
     @full_precision()
     def _step(self, todo: list[tuple[int, int, Tensor]]) -> None:
@@ -221,8 +233,9 @@ class LowRankOptimizer(Optimizer):
         for g, group in enumerate(self.param_groups):
             for i in range(len(group["params"])):
                 complete_state_(self.item(g, i))
-        if self.layerwise is not None:
-            self.layerwise.forget(state_changed=True)
+        for mode in (self.layerwise, self.compact):
+            if mode is not None:
+                mode.forget(state_changed=True)
 
     def _config(self, g: int) -> LowRankConfig:
         """Return the choices of group g; built anew only when one of its plain values has changed."""

@@ -142,10 +142,27 @@ def compact_gradient(
         refresh_(grad, state, method, layout, hp, t, name=name, carry=carry)
     basis = method.basis(grad, state, layout, hp, t, name=name)
     low = method.projector.project(grad, basis, layout)  # R_t = P_t^T G_t
-    age = method.refresh.age(t) if method.moments.restarts else t
-    ctx = StepContext(grad, low, basis, state, layout, method.rule, hp, t, age, name, carry=carry)
+    ctx = context_of(grad, low, basis, state, method, layout, hp, t, name=name, carry=carry)
     collect_sketch_(ctx, grad, low, method, name=name)
     return ctx
+
+
+def context_of(
+    grad: Tensor | None,
+    low: Tensor,
+    basis: Tensor,
+    state: dict[str, Tensor],
+    method: Method,
+    layout: MatrixLayout,
+    hp: Hyper,
+    t: int,
+    *,
+    name: str,
+    carry: dict[str, Tensor] | None = None,
+) -> StepContext:
+    """Return what the rest of a step works with, once R_t is known."""
+    age = method.refresh.age(t) if method.moments.restarts else t
+    return StepContext(grad, low, basis, state, layout, method.rule, hp, t, age, name, carry=carry or {})
 
 
 def collect_sketch_(ctx: StepContext, grad: Tensor, low: Tensor, method: Method, *, name: str) -> None:

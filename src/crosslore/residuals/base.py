@@ -1,6 +1,7 @@
 """What a residual sees and does."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -37,6 +38,10 @@ class StepContext:
     name: str = ""
     # Entries of G_t at the kept positions; None: take them from `grad`.
     kept: Tensor | None = None
+    # Returns G_t at rows and columns that are not known yet, where `grad` is None.
+    entries: Callable[[Tensor, Tensor], Tensor] | None = None
+    # Whether a residual without warm-up could not act in step 1, because the gradient was gone by then.
+    late: bool = False
     # What a residual carries from the start of the step to its end.
     carry: dict[str, Tensor] = field(default_factory=dict)
 

@@ -49,7 +49,7 @@ class SparseResidual(Residual):
         """
         if ctx.t <= max(1, self.warmup_steps):
             self._warm_up(ctx)
-        if ctx.t > self.warmup_steps and (ctx.grad is not None or ctx.kept is not None):
+        if ctx.t > self.warmup_steps and any(found is not None for found in (ctx.grad, ctx.kept, ctx.entries)):
             rows, cols = kept_positions(ctx.state, ctx.layout)
             delta = self._delta(update, ctx, rows, cols).mul_(ctx.hp.update_factor)
             # The positions are distinct, so reading, adding and writing back is exact and deterministic.
@@ -113,7 +113,7 @@ class SparseResidual(Residual):
         if self.residual_rule == "exact":
             # The first line of Eq. 12 with nothing approximated: the rule's own update minus P N. The moments are
             # those of the gradient at the kept positions and start after the warm-up: bias correction from there.
-            age = t - (self.warmup_steps if ctx.grad is not None else max(1, self.warmup_steps))
+            age = t - (max(1, self.warmup_steps) if ctx.late else self.warmup_steps)
             rule.accumulate_(exp_avg, exp_avg_sq, grad, grad * grad, t=age, hp=hp)  # Eq. 6
             full = rule.direction(exp_avg, exp_avg_sq, t=age, hp=hp)  # Eq. 10
             return full.sub_(_sampled(ctx, update, rows, cols))  # Eq. 12, first line
@@ -152,6 +152,8 @@ def kept_gradient(ctx: StepContext, rows: Tensor, cols: Tensor) -> Tensor:
     """Return G_t at the kept positions, fp32 or fp64."""
     if ctx.kept is not None:
         return ctx.kept
+    if ctx.entries is not None:
+        return ctx.entries(rows, cols)
     assert ctx.grad is not None
     return ctx.grad[rows, cols].to(ctx.state["res_avg"].dtype)
 

@@ -1,0 +1,1 @@
+"""Compact gradients: linear layers whose backward hands over R instead of the weight's gradient G."""

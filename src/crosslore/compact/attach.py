@@ -1,0 +1,130 @@
+"""Which layers hand over compact gradients, and what cannot."""
+
+import logging
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from crosslore.checks import check_float, check_int
+from crosslore.compact.gradients import CompactGradients
+from crosslore.compact.linear import reason_not_compact
+from crosslore.targets import plain_name
+
+if TYPE_CHECKING:
+    from crosslore.optimizer import LowRankOptimizer
+
+logger = logging.getLogger(__name__)
+
+
+def attach_compact(
+    optimizer: "LowRankOptimizer",
+    model: nn.Module,
+    *,
+    accumulation_steps: int = 1,
+    max_grad_norm: float | None = None,
+) -> CompactGradients:
+    """Let the linear layers of `model` hand their compact gradients to `optimizer` from backward.
+
+    The `.grad` of their weights stays None. Everything else (embeddings, norms, stacked experts, other modules) keeps
+    its whole gradient; a line in the log says what is compact and what is not.
+
+    Args:
+        optimizer: of the model.
+        model: whose `nn.Linear` layers are changed in place; `detach()` changes them back.
+        accumulation_steps: backward passes per step. A step with fewer is as good; with more, a basis that is due is
+            fitted to the first ones only.
+        max_grad_norm: largest norm of all gradients together, compact ones as they are applied; None: no clipping.
+            `torch.nn.utils.clip_grad_norm_` would see the whole gradients only.
+
+    Returns:
+        The handle, which is also `optimizer.compact`; `detach()` ends it.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range, the method needs the gradient itself on every step, several
+            processes train together, or no layer can be compact.
+    """
+    if not hasattr(optimizer, "compact"):
+        raise TypeError(
+            f"attach_compact takes a LowRankOptimizer, got {type(optimizer).__name__}. Use create_optimizer."
+        )
+    check_int("accumulation_steps", accumulation_steps, low=1, hint="1: a step for each backward pass.")
+    if max_grad_norm is not None:
+        check_float("max_grad_norm", max_grad_norm, low=0.0, low_open=True, hint="None switches clipping off.")
+    if optimizer.layerwise is not None or optimizer.compact is not None:
+        mode = "layerwise" if optimizer.layerwise is not None else "compact"
+        raise ValueError(f"the optimizer is {mode} already. Call `optimizer.{mode}.detach()` first.")
+    for group in optimizer.param_groups:
+        if any(group["blocks"]):
+            refuse_whole_gradients(group["residual"])
+    _refuse_several_processes()
+    layers, others = compact_layers(model, {id(weight): weight for weight in low_rank_weights(optimizer)})
+    if not layers:
+        raise ValueError(f"gradients='compact' finds no layer that can be compact: {_counted(others)}. Use 'full'.")
+    logger.info(summary(layers, others, optimizer))
+    optimizer.compact = CompactGradients(
+        optimizer, layers, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm
+    )
+    return optimizer.compact
+
+
+def low_rank_weights(optimizer: "LowRankOptimizer") -> list[Tensor]:
+    """Return the weights that the optimizer trains in low rank."""
+    groups = optimizer.param_groups
+    return [p for group in groups for p, blocks in zip(group["params"], group["blocks"], strict=True) if blocks]
+
+
+def compact_layers(model: nn.Module, low_rank: dict[int, Tensor]) -> tuple[list[nn.Linear], dict[str, str]]:
+    """Return the layers of the low-rank weights that can be compact, and why others cannot, by name.
+
+    A weight that two modules share is compact only if all of them can be.
+    """
+    by_weight: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in low_rank and parameter.requires_grad:
+                by_weight.setdefault(id(parameter), []).append((plain_name(name), module))
+    layers: list[nn.Linear] = []
+    others: dict[str, str] = {}
+    for owners in by_weight.values():
+        reasons = {name: reason for name, module in owners if (reason := reason_not_compact(module))}
+        if reasons:
+            others |= reasons
+        else:
+            layers += [module for _, module in owners if isinstance(module, nn.Linear)]
+    return layers, others
+
+
+def refuse_whole_gradients(residual: str | None) -> None:
+    """Raise a ValueError for a residual that needs the gradient itself on every step."""
+    if residual not in (None, "sparse"):
+        raise ValueError(
+            f"gradients must be 'full' or 'layerwise' for residual={residual!r}, got 'compact': it needs the whole "
+            "gradient on every step, which compact gradients do not form. Choose one of these, or a preset without it "
+            "(crosslore, crosslore_plus, galore, golore)."
+        )
+
+
+def summary(layers: list[nn.Linear], others: dict[str, str], optimizer: "LowRankOptimizer") -> str:
+    """Return one line that says what is compact and what is not."""
+    compact = {id(layer.weight): layer.weight.numel() for layer in layers}
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    share = sum(compact.values()) / max(1, sum(p.numel() for p in trained))
+    line = f"Compact gradients: {len(compact)} of {len(trained)} weights, {share:.0%} of all entries; the others whole"
+    return f"{line}. Not compact: {_counted(others)}." if others else f"{line}."
+
+
+def _counted(others: dict[str, str]) -> str:
+    counts = Counter(others.values())
+    return "; ".join(f"{count} x {reason}" for reason, count in counts.items()) or "the model has no nn.Linear"
+
+
+def _refuse_several_processes() -> None:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            f"gradients='compact' steps one process's gradients, got {torch.distributed.get_world_size()} processes. "
+            "Train with gradients='full' on several GPUs, or on one GPU."
+        )

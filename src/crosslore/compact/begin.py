@@ -1,0 +1,82 @@
+"""The beginning of a step whose gradient comes in factors: what must see G, and what does without."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from crosslore.compact.factors import GradientFactors
+from crosslore.residuals.sparse import SparseResidual, kept_positions
+from crosslore.rules.base import state_dtype
+from crosslore.step import Method, context_of, method_of
+from crosslore.stepping import Item, Pending, block_state, draw_name, steps_done
+
+
+@dataclass
+class Held:
+    """What the backward passes of one step have left of a weight's gradient."""
+
+    item: Item
+    # Compact gradients, once the basis of the step is known.
+    pendings: list[Pending] = field(default_factory=list)
+    # The gradient in factors, or whole, while a step that must see it waits for the sum of all micro-batches.
+    factors: GradientFactors | None = None
+    whole: Tensor | None = None
+    # Backward passes so far.
+    count: int = 0
+    # A gradient that is not finite was seen whole: the step is skipped.
+    poisoned: bool = False
+
+    def join(self, factors: GradientFactors) -> None:
+        """Add a micro-batch to the sum."""
+        if self.whole is not None:
+            self.whole += factors.dense()
+            return
+        self.factors = factors if self.factors is None else self.factors.joined(factors)
+        if self.factors.larger_than_dense:
+            self.whole, self.factors = self.factors.dense(), None
+
+    def take_sum(self) -> tuple[Tensor | None, GradientFactors | None]:
+        """Return the sum, None if there is none, with its factors where they are there; forget both."""
+        factors, whole = self.factors, self.whole
+        self.factors, self.whole = None, None
+        return (factors.dense() if factors is not None else whole), factors
+
+
+def entries_of(grad: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what reads entries of a gradient, in fp32 or fp64."""
+    return lambda rows, cols: grad[rows, cols].to(state_dtype(grad))
+
+
+def sees_whole(item: Item) -> bool:
+    """Return whether the next step of a weight must see the gradient itself."""
+    if "step" not in item.state:
+        return True
+    t = steps_done(item.state) + 1
+    return any(_sees_whole(method_of(item.config, block), t) for block in item.blocks)
+
+
+def _sees_whole(method: Method, t: int) -> bool:
+    residual = method.residual
+    ranks = isinstance(residual, SparseResidual) and residual.residual_select == "residual"
+    return t == 1 or not method.ordinary(t) or (ranks and t <= max(1, residual.warmup_steps))  # type: ignore[union-attr]
+
+
+def residual_starts_now(method: Method, t: int) -> bool:
+    """Return whether a residual acts in the very step that chooses its positions: in step 1, without a warm-up."""
+    return isinstance(method.residual, SparseResidual) and method.residual.warmup_steps == 0 and t == 1
+
+
+def begin_compact(item: Item, factors: GradientFactors) -> Iterator[Pending]:
+    """Yield each block with its compact gradient of the next step; G is not formed. Lines 2-5 of Algorithm 1."""
+    t = steps_done(item.state) + 1
+    for block in item.blocks:
+        method, layout, own = method_of(item.config, block), block.layout, factors.take(block)
+        part, name = block_state(item.state, block.key), draw_name(item.name, block.key)
+        basis = method.basis(block.take(item.weight), part, layout, item.hp, t, name=name)
+        low = own.project(basis, layout)  # R_t = P_t^T G_t
+        low = low.to(state_dtype(low))  # the sum of many is as precise as the moments
+        ctx = context_of(None, low, basis, part, method, layout, item.hp, t, name=name)
+        if isinstance(method.residual, SparseResidual) and method.residual.active(t):
+            ctx.kept = own.entries(*kept_positions(part, layout))
+        yield Pending(item, block, method, ctx)

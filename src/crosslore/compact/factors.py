@@ -1,0 +1,67 @@
+"""The gradient of a linear layer's weight as the product that it is: G = D^T X, never formed unless asked for."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crosslore.kernels.dispatch import sampled_product
+from crosslore.layout import Block, MatrixLayout
+from crosslore.rules.base import state_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientFactors:
+    """G = D^T X for y = x W^T, where D holds the gradients of y and X the inputs, one row a token.
+
+    Both have one dtype, as the product that they stand for takes them.
+    """
+
+    # D, (tokens, rows)
+    outputs: Tensor
+    # X, (tokens, cols)
+    inputs: Tensor
+
+    @classmethod
+    def of(cls, grad_output: Tensor, x: Tensor) -> "GradientFactors":
+        """Return the factors of a layer's output gradient and input, any leading dimensions."""
+        outputs = grad_output.reshape(-1, grad_output.shape[-1])
+        return cls(outputs=outputs, inputs=x.reshape(-1, x.shape[-1]).to(outputs.dtype))
+
+    def take(self, block: Block) -> "GradientFactors":
+        """Return the factors of one block: the columns of D that belong to its rows."""
+        if block.span is None:
+            return self
+        return GradientFactors(outputs=block.span.take(self.outputs.mT).mT, inputs=self.inputs)
+
+    def dense(self) -> Tensor:
+        """Return G, (rows, cols): what autograd would have put into `.grad`."""
+        return self.outputs.mT @ self.inputs
+
+    def project(self, basis: Tensor, layout: MatrixLayout) -> Tensor:
+        """Return R = G P = D^T (X P), (rows, r), on the right; P^T G = (D P)^T X, (r, cols), on the left."""
+        outputs, inputs = self.outputs, self.inputs
+        if outputs.dtype == torch.float16:  # products of finite fp16 entries overflow
+            outputs, inputs = outputs.float(), inputs.float()
+        basis = basis.to(outputs.dtype)
+        if layout.side == "right":
+            return outputs.mT @ (inputs @ basis)
+        return (outputs @ basis).mT @ inputs
+
+    def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """Return G[rows, cols], (k,), fp32 or fp64: a product of D and X sampled at these positions."""
+        dtype = state_dtype(self.outputs)
+        outputs, inputs = self.outputs.mT.to(dtype).contiguous(), self.inputs.mT.to(dtype).contiguous()
+        return sampled_product(outputs, inputs, rows, cols)
+
+    def joined(self, other: "GradientFactors") -> "GradientFactors":
+        """Return the factors of the sum of two gradients: the tokens of both."""
+        return GradientFactors(
+            outputs=torch.cat([self.outputs, other.outputs]), inputs=torch.cat([self.inputs, other.inputs])
+        )
+
+    @property
+    def larger_than_dense(self) -> bool:
+        """Whether D and X together hold more than G would."""
+        (tokens, rows), cols = self.outputs.shape, self.inputs.shape[1]
+        return tokens * (rows + cols) > rows * cols

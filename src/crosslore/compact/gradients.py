@@ -1,0 +1,220 @@
+"""Compact gradients: linear layers hand R to the optimizer from backward, and G is formed only where it must be seen.
+
+In an ordinary step each micro-batch adds R = P^T G, computed from the layer's input and output gradient without G, and
+(for the sparse residual) G at the kept positions, a sampled product. A step that has to see G - the fit of a basis, a
+window that collects its sketch, the warm-up of a residual that ranks by residual energy - forms it, one weight at a
+time inside backward, and frees it. With gradient accumulation such a step waits for the sum of all micro-batches, as
+it does with whole gradients: their factors are kept until then, or their sum where that is smaller. Refreshes are
+staggered, so that in all steps but the first this concerns few weights.
+
+`optimizer.step()` knows the compact gradients of all weights before any weight changes, so `max_grad_norm` limits
+their global norm, that of what is applied.
+"""
+
+import logging
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from crosslore.accumulation import add_gradient_, keep_compact_parts, norm_of, scale_
+from crosslore.compact.begin import Held, begin_compact, entries_of, residual_starts_now, sees_whole
+from crosslore.compact.factors import GradientFactors
+from crosslore.compact.linear import hand_over, take_back
+from crosslore.groups import largest_of_each
+from crosslore.residuals.sparse import kept_positions
+from crosslore.stepping import Pending, advance, begin, finish, finish_many, full_precision, steps_done, wait
+
+if TYPE_CHECKING:
+    from crosslore.optimizer import LowRankOptimizer
+
+logger = logging.getLogger(__name__)
+
+# Added to a norm before dividing by it, as torch.nn.utils.clip_grad_norm_.
+EPS = 1e-6
+
+
+class CompactGradients:
+    """The sinks of one optimizer's linear layers. `attach_compact` makes one."""
+
+    def __init__(
+        self,
+        optimizer: "LowRankOptimizer",
+        layers: list[nn.Linear],
+        *,
+        accumulation_steps: int,
+        max_grad_norm: float | None,
+    ) -> None:
+        """Let the layers hand over the factors of their weights' gradients."""
+        self.optimizer, self.layers = optimizer, layers
+        self.accumulation_steps, self.max_grad_norm = accumulation_steps, max_grad_norm
+        self._held: dict[Tensor, Held] = {}
+        # Step of each weight's last refresh: a step that is begun again, after its gradient was dropped, has had it.
+        self._refreshed: dict[Tensor, int] = {}
+        self._last_norm = 0.0
+        for layer in layers:
+            hand_over(layer, self.take)
+
+    def detach(self) -> None:
+        """Make the layers ordinary ones again; what they handed over is dropped."""
+        for layer in self.layers:
+            take_back(layer)
+        self.forget()
+        self.optimizer.compact = None
+
+    def forget(self, *, state_changed: bool = False) -> None:
+        """Drop what was handed over, and with another state what is known of the old one."""
+        self._held = {}
+        if state_changed:
+            self._refreshed = {}
+
+    @torch.no_grad()
+    @full_precision()
+    def take(self, weight: Tensor, factors: GradientFactors) -> None:
+        """Take one micro-batch's gradient of a weight, in factors."""
+        if weight.numel() == 0:
+            return
+        held = self._held.get(weight)
+        if held is None:
+            held = self._held[weight] = Held(self.optimizer.item(*self.optimizer.place(weight)))
+        held.count += 1
+        if held.poisoned:
+            return
+        if held.pendings:
+            self._add(held, factors)
+        elif not sees_whole(held.item):
+            held.pendings = list(begin_compact(held.item, factors))
+        elif self.accumulation_steps == 1:
+            self._begin_whole(held, factors.dense(), factors)
+        else:
+            held.join(factors)
+
+    def _add(self, held: Held, factors: GradientFactors) -> None:
+        """Add a micro-batch to a step that has begun."""
+        if sees_whole(held.item):
+            self._add_whole(held, factors.dense())
+            return
+        for pending in held.pendings:
+            own = factors.take(pending.block)
+            pending.ctx.low += own.project(pending.ctx.basis, pending.block.layout)
+            if pending.ctx.kept is not None:
+                pending.ctx.kept += own.entries(*kept_positions(pending.ctx.state, pending.block.layout))
+
+    def _add_whole(self, held: Held, grad: Tensor) -> None:
+        for pending in held.pendings:
+            add_gradient_(pending, grad)
+
+    def _begin_whole(self, held: Held, grad: Tensor, factors: GradientFactors | None = None) -> None:
+        """Begin a step that must see the gradient; only compact parts of it live on."""
+        item = held.item
+        norm = norm_of(grad)
+        if not math.isfinite(norm):
+            held.poisoned = True
+            return
+        if norm == 0 and item.due_next():
+            return  # nothing to fit to: the weight waits
+        t = steps_done(item.state) + 1
+        held.pendings = list(begin(item, grad, may_refresh=self._refreshed.get(item.weight) != t))
+        self._refreshed[item.weight] = t
+        for pending in held.pendings:
+            keep_compact_parts(pending)
+            pending.ctx.late = False
+            if residual_starts_now(pending.method, t):  # its positions are not known before the update is
+                own = factors.take(pending.block) if factors else None
+                pending.ctx.entries = own.entries if own else entries_of(pending.block.take(grad))
+
+    def complete(self) -> None:
+        """Begin the steps that have waited for the sum, and add gradients that came without their factors."""
+        for weight, held in self._held.items():
+            whole, factors = held.take_sum()
+            if whole is not None:
+                self._begin_whole(held, whole, factors)
+            if weight.grad is not None and held.pendings:  # used outside its layer too
+                self._add_whole(held, weight.grad)
+                weight.grad = None
+
+    @torch.no_grad()
+    @full_precision()
+    def grad_norm(self) -> float:
+        """Return the norm of the step in progress, before clipping; after the step, of that one.
+
+        It is the norm of what is applied: compact gradients of low-rank weights, whole ones of the others.
+        """
+        self.complete()
+        lows = [pending.ctx.low for held in self._held.values() for pending in held.pendings]
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if lows or grads:
+            self._last_norm = math.sqrt(sum(norm_of(tensor) ** 2 for tensor in [*lows, *grads]))
+        return self._last_norm
+
+    def finish_unscaled(self) -> bool:
+        """Undo a GradScaler's loss scale and finish the step; return False if it found an overflow: nothing is done.
+
+        Raises:
+            RuntimeError: if `GradScaler.unscale_` was called, which compact gradients do not see.
+        """
+        if not hasattr(self.optimizer, "grad_scale"):
+            self.finish_step()
+            return True
+        scale, found = self.optimizer.grad_scale, getattr(self.optimizer, "found_inf", None)
+        if scale is None:
+            raise RuntimeError(
+                "GradScaler.unscale_ was called, but compact gradients are no `.grad` that it could divide. Leave it "
+                "out, and give `max_grad_norm` to create_optimizer instead of clipping in between."
+            )
+        if found is not None and float(found) > 0:
+            self.forget()
+            return False
+        self.finish_step(factor=1.0 / float(scale))
+        return True
+
+    @torch.no_grad()
+    @full_precision()
+    def finish_step(self, *, factor: float = 1.0) -> None:
+        """Step every weight whose gradient was handed over; clip those and the gradients of the others.
+
+        Args:
+            factor: on all gradients before anything else: 1 / loss scale.
+        """
+        self.complete()
+        self._scale(factor)
+        if self.max_grad_norm is not None:
+            norm = self.grad_norm()
+            if math.isfinite(norm):
+                self._scale(min(1.0, self.max_grad_norm / (norm + EPS)))
+        held, self._held = list(self._held.values()), {}
+        peaks = largest_of_each([[pending.ctx.low for pending in one.pendings] for one in held])
+        waiting: dict[int, list[Pending]] = defaultdict(list)
+        foreach = self.optimizer.foreach
+        if foreach is None:
+            foreach = all(one.item.weight.is_cuda for one in held)
+        skipped = []
+        for one, peak in zip(held, peaks, strict=True):
+            if one.poisoned or peak == math.inf:
+                skipped.append(one.item.name)
+            elif not one.pendings:
+                wait(one.item, torch.zeros_like(one.item.weight))
+            else:
+                for pending in one.pendings:
+                    if foreach and not pending.block.interleaved:
+                        waiting[one.item.group].append(pending)
+                    else:
+                        finish(pending)
+                advance(one.item.state)
+        for group in waiting.values():
+            finish_many(group)
+        if skipped:
+            self.optimizer.count_skips(skipped)
+
+    def _scale(self, factor: float) -> None:
+        if factor == 1.0:
+            return
+        for held in self._held.values():
+            for pending in held.pendings:
+                scale_(pending, factor)
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.mul_(factor)

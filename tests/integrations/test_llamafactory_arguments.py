@@ -93,10 +93,7 @@ REFUSED = [
     ({"crosslore_projector": "qr"}, "unknown crosslore_projector 'qr'.*Known: .*svd"),
     ({"crosslore_residual_rule": "best"}, "unknown crosslore_residual_rule 'best'"),
     ({"crosslore_cross_head_target": "all"}, "crosslore_cross_head_target must name modules or be 'none'"),
-    (
-        {"crosslore_gradients": "compact"},
-        "crosslore_gradients must be 'full' or 'layerwise' in this version, got 'comp",
-    ),
+    ({"crosslore_gradients": "compat"}, "unknown crosslore_gradients 'compat'. Did you mean 'compact'"),
     ({"crosslore_clip": "global"}, "unknown crosslore_clip 'global'.*stale-global"),
     (
         {"crosslore_projector": "random"},

@@ -27,7 +27,7 @@ def train(config: dict, folder: Path, **changes: object) -> list[dict]:
 def test_layerwise_without_accumulation_equals_full_gradients(config: dict, tmp_path: Path) -> None:
     """Losses, the decaying learning rate and the gradient norm are those of the whole step."""
     options = {"max_grad_norm": 0.0, "lr_scheduler_type": "linear", "max_steps": 5}
-    full = train(config, tmp_path / "full", **options)
+    full = train(config, tmp_path / "full", crosslore_gradients="full", **options)
     layerwise = train(config, tmp_path / "layerwise", crosslore_gradients="layerwise", **options)
     for ours, theirs in zip(layerwise, full, strict=True):
         assert ours["loss"] == theirs["loss"] and ours["learning_rate"] == theirs["learning_rate"]

@@ -62,10 +62,11 @@ def attach_compact(
     layers, others = compact_layers(model, {id(weight): weight for weight in low_rank_weights(optimizer)})
     if not layers:
         raise ValueError(f"gradients='compact' finds no layer that can be compact: {_counted(others)}. Use 'full'.")
-    logger.info(summary(layers, others, optimizer))
     optimizer.compact = CompactGradients(
         optimizer, layers, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm
     )
+    optimizer.compact.summary = summary(layers, others, optimizer)
+    logger.info(optimizer.compact.summary)
     return optimizer.compact
 
 

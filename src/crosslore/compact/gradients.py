@@ -54,6 +54,8 @@ class CompactGradients:
         # Step of each weight's last refresh: a step that is begun again, after its gradient was dropped, has had it.
         self._refreshed: dict[Tensor, int] = {}
         self._last_norm = 0.0
+        # One line: what is compact and what is not.
+        self.summary = ""
         for layer in layers:
             hand_over(layer, self.take)
 

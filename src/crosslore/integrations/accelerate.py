@@ -1,18 +1,19 @@
-"""accelerate, and so transformers.Trainer, must report the gradient norm of layerwise training, not 0."""
+"""accelerate, and so transformers.Trainer, must report the norm of gradients that are in no `.grad`."""
 
 import functools
 from typing import Any
 
 import torch
 
+from crosslore.compact.gradients import CompactGradients
 from crosslore.layerwise import Layerwise
 
 
 def report_true_norm() -> None:
-    """Let `Accelerator.clip_grad_norm_` return the norm that layerwise training saw; once per process.
+    """Let `Accelerator.clip_grad_norm_` return the norm that layerwise or compact training sees; once per process.
 
-    In layerwise mode no gradient is left to be measured or clipped when it is called: the weights have stepped.
-    Accelerators of other optimizers are untouched.
+    In layerwise mode the weights have stepped when it is called. Compact gradients are clipped by `step()`, together
+    with the whole ones, by their global norm. Accelerators of other optimizers are untouched.
     """
     from accelerate import Accelerator
 
@@ -22,20 +23,25 @@ def report_true_norm() -> None:
 
     @functools.wraps(original)
     def clip_grad_norm_(self: Any, parameters: Any, max_norm: Any, norm_type: Any = 2) -> Any:  # Any: accelerate's own
-        layerwise = _layerwise_of(self)
-        if layerwise is None:
-            return original(self, parameters, max_norm, norm_type)
-        layerwise.finish_micro_batches()
-        return torch.tensor(layerwise.grad_norm())
+        match _mode_of(self):
+            case Layerwise() as layerwise:
+                layerwise.finish_micro_batches()
+                return torch.tensor(layerwise.grad_norm())
+            case CompactGradients() as compact:
+                scaler = getattr(self, "scaler", None)
+                return torch.tensor(compact.grad_norm() / (scaler.get_scale() if scaler is not None else 1.0))
+        return original(self, parameters, max_norm, norm_type)
 
     clip_grad_norm_.__crosslore__ = True  # type: ignore[attr-defined]
     Accelerator.clip_grad_norm_ = clip_grad_norm_
 
 
-def _layerwise_of(accelerator: Any) -> Layerwise | None:  # Any: accelerate's Accelerator
-    """Return the hooks of the accelerator's optimizer, if it is one of ours that steps inside backward."""
+def _mode_of(accelerator: Any) -> Layerwise | CompactGradients | None:  # Any: accelerate's Accelerator
+    """Return what holds the gradients of the accelerator's optimizer, if it is one of ours in such a mode."""
     for wrapped in getattr(accelerator, "_optimizers", ()):
-        layerwise = getattr(getattr(wrapped, "optimizer", wrapped), "layerwise", None)
-        if isinstance(layerwise, Layerwise):
-            return layerwise
+        optimizer = getattr(wrapped, "optimizer", wrapped)
+        for name in ("layerwise", "compact"):
+            mode = getattr(optimizer, name, None)
+            if isinstance(mode, Layerwise | CompactGradients):
+                return mode
     return None

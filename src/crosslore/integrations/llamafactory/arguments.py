@@ -35,7 +35,9 @@ CONFIG_FIELDS = {
     "crosslore_seed": "seed",
 }
 # Values of fields whose other values are not built yet.
-ONLY = {"crosslore_gradients": ("full", "layerwise"), "crosslore_weights": ("direct",)}
+ONLY = {"crosslore_weights": ("direct",)}
+# How gradients come: "auto" is compact where that is possible, else full.
+GRADIENTS = ("auto", "compact", "full", "layerwise")
 # Options of other methods, which this type refuses.
 OTHER_METHODS = (
     "LoraArguments",
@@ -75,7 +77,11 @@ class CrossLoreArguments:
     crosslore_refresh_stagger: bool | None = _option("spread the refreshes of different weights over the interval.")
     crosslore_random_after: int | None = _option("last step with a fitted basis (golore); unset: see the preset.")
     crosslore_gradients: str = field(
-        default="full", metadata={"help": "CrossLore: full, or layerwise (step inside backward, free each gradient)."}
+        default="auto",
+        metadata={
+            "help": "CrossLore: compact (linear layers hand over P^T G only), layerwise (step inside backward, free "
+            "each gradient) or full. Default: auto, which is compact where that is possible, else full."
+        },
     )
     crosslore_clip: str = field(
         default="weight", metadata={"help": "CrossLore: layerwise: max_grad_norm is for each weight, or stale-global."}
@@ -113,6 +119,7 @@ class CrossLoreFinetuningArguments(CrossLoreArguments, upstream.FinetuningArgume
                     raise ValueError(
                         f"{name} must be {allowed} in this version, got {getattr(self, name)!r}. Leave it out."
                     )
+            check_choice("crosslore_gradients", self.crosslore_gradients, GRADIENTS)
             check_choice("crosslore_clip", self.crosslore_clip, ("weight", "stale-global"))
             self.crosslore_overrides(training_seed=0)
         super().__post_init__()

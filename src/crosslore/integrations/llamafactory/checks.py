@@ -22,6 +22,8 @@ def check_run(parsed: tuple[Any, ...]) -> None:
         _refuse_quantised(by_name["ModelArguments"])
     _refuse_sharding(training)
     choose_rule(training.optim)
+    if training.do_train and finetuning.crosslore_gradients in ("layerwise", "compact"):
+        _check_processes(training, finetuning.crosslore_gradients)
     if training.do_train and finetuning.crosslore_gradients == "layerwise":
         _check_layerwise(training)
 
@@ -33,13 +35,17 @@ def check_sharding_keys(args: dict[str, Any]) -> None:  # Any: values of a confi
             _refuse(what)
 
 
-def _check_layerwise(training: Any) -> None:  # Any: LLaMA-Factory's TrainingArguments
-    """Refuse what needs the gradients that layerwise frees."""
+def _check_processes(training: Any, gradients: str) -> None:  # Any: LLaMA-Factory's TrainingArguments
+    """Refuse what takes a gradient before the processes have averaged it."""
     if training.world_size > 1:
         raise ValueError(
-            f"crosslore_gradients must be 'full' on {training.world_size} processes, got 'layerwise': "
-            "a weight steps before its gradient is averaged. Set CUDA_VISIBLE_DEVICES to one GPU, or use 'full'."
+            f"crosslore_gradients must be 'full' on {training.world_size} processes, got {gradients!r}: a gradient is "
+            "taken before it is averaged. Set CUDA_VISIBLE_DEVICES to one GPU, or use 'full' (or 'auto')."
         )
+
+
+def _check_layerwise(training: Any) -> None:  # Any: LLaMA-Factory's TrainingArguments
+    """Refuse what needs the gradients that layerwise frees."""
     if training.fp16:
         raise ValueError(
             "fp16 must be false with crosslore_gradients 'layerwise': the loss scaling is undone after backward, when "

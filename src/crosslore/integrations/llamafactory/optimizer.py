@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from crosslore.compact.attach import attach_compact
 from crosslore.factory import create_optimizer
 from crosslore.integrations.accelerate import report_true_norm
 from crosslore.optimizer import LowRankOptimizer
@@ -65,7 +66,8 @@ def create_crosslore_optimizer(model: nn.Module, training_args: Any, finetuning_
     rule, own = choose_rule(training_args.optim), get_preset(finetuning_args.crosslore_preset).config.rule
     if str(getattr(training_args.optim, "value", training_args.optim)) in DEFAULT_OPTIMS:
         rule = own
-    if finetuning_args.crosslore_gradients == "layerwise":
+    gradients = finetuning_args.crosslore_gradients
+    if gradients == "layerwise":
         report_true_norm()
         options |= {
             "layerwise": True,
@@ -74,7 +76,7 @@ def create_crosslore_optimizer(model: nn.Module, training_args: Any, finetuning_
             "clip": finetuning_args.crosslore_clip if training_args.max_grad_norm else "weight",
         }
     try:
-        return create_optimizer(
+        optimizer = create_optimizer(
             model,
             finetuning_args.crosslore_preset,
             lr=training_args.learning_rate,
@@ -84,3 +86,27 @@ def create_crosslore_optimizer(model: nn.Module, training_args: Any, finetuning_
         )
     except ValueError as error:  # its names are those of Python
         raise ValueError(str(error).replace("`targets`", "`crosslore_target`")) from None
+    if gradients in ("auto", "compact"):
+        _let_be_compact(optimizer, model, training_args, asked=gradients == "compact")
+    return optimizer
+
+
+def _let_be_compact(optimizer: LowRankOptimizer, model: nn.Module, training_args: Any, *, asked: bool) -> None:
+    """Switch to compact gradients; where that is impossible raise if they were asked for, else say why not."""
+    logger_of_factory = importlib.import_module("llamafactory.extras.logging").get_logger("llamafactory.crosslore")
+    try:
+        if training_args.fp16 and not asked:
+            raise ValueError("fp16 training with loss scaling keeps them unless crosslore_gradients is 'compact'")
+        compact = attach_compact(
+            optimizer,
+            model,
+            accumulation_steps=training_args.gradient_accumulation_steps,
+            max_grad_norm=training_args.max_grad_norm or None,
+        )
+    except ValueError as error:
+        if asked:
+            raise ValueError(str(error).replace("gradients must", "crosslore_gradients must")) from None
+        logger_of_factory.info_rank0(f"Whole gradients: {error}")
+    else:
+        report_true_norm()
+        logger_of_factory.info_rank0(compact.summary)

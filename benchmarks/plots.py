@@ -202,7 +202,26 @@ def time_split(rows: list[Row]) -> "Figure":
     return figure
 
 
-DRAWINGS = {f.__name__: f for f in (step_time, refresh_time, memory, subspace_error, kept_positions, time_split)}
+def train_step(rows: list[Row]) -> "Figure":
+    """Draw seconds and memory of whole training steps, a line for each rank."""
+    rows = [row for row in rows if row["status"] == "ok"]
+    groups = grouped(rows, "rank")
+    title = "Training step of SmolLM2-135M, 1 x 128 tokens (blue: presets, grey: peers)"
+    figure, axes = canvas([len(g) for g in groups.values()], 2, rows, title)
+    for line, ((rank,), members) in zip(axes, groups.items(), strict=True):
+        members.sort(key=lambda row: float(row["amortised_seconds"]))
+        names = [row["contender"] for row in members]
+        shades = [PEER if name.startswith((*PEERS, "LoRA", "DoRA")) else OURS for name in names]
+        bars(line[0], names, numbers(members, "amortised_seconds"), label="seconds a step, amortised", colors=shades)
+        bars(line[1], names, numbers(members, "peak_mib"), label="peak above the loaded model, MiB", colors=shades)
+        for one in line:
+            one.set_title(f"rank {rank}", fontsize=10)
+    return figure
+
+
+DRAWINGS = {
+    f.__name__: f for f in (step_time, refresh_time, memory, subspace_error, kept_positions, time_split, train_step)
+}
 
 
 def draw_all(out: Path, parts: Sequence[str] = tuple(DRAWINGS)) -> list[Path]:

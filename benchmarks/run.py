@@ -9,6 +9,7 @@
     c  subspace_error            what a basis misses of real gradients (the paper's Figure 2b)
        kept_positions            which positions the sparse residual should keep
     d  time_split                forward, backward and the phases of the optimizer (the paper's Figure 2a)
+    e  train_step                whole training steps and their memory beside LoRA, DoRA, AdamW, GaLore and APOLLO
 
 Every measurement is on the disk when it is finished: stop with Ctrl-C, and the same command goes on from there. What
 was measured with the same sources, versions, device, threads and sizes is not measured again unless --fresh.
@@ -32,9 +33,10 @@ PARTS = {
     "b": ("memory",),
     "c": ("subspace_error", "kept_positions"),
     "d": ("time_split",),
+    "e": ("train_step",),
 }
 # Parts that run the embedded model.
-WITH_MODEL = ("subspace_error", "kept_positions", "time_split")
+WITH_MODEL = ("subspace_error", "kept_positions", "time_split", "train_step")
 
 
 def chosen(text: str | None) -> list[str]:

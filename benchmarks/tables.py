@@ -38,6 +38,11 @@ PARTS = {
         "Seconds of one training step of SmolLM2-135M, 1 x 128 tokens, refreshes amortised over 200 (the paper's "
         "Figure 2a). *SVD or fit*: the share of the basis.",
     ),
+    "train_step": (
+        "A whole training step beside LoRA",
+        "SmolLM2-135M, batch 1 x 128 tokens: forward, backward and optimizer, refreshes amortised over 200. *Peak*: "
+        "MiB of resident memory above the loaded model. *frozen*: embeddings left out, as LoRA leaves them.",
+    ),
     "subspace_error": (
         "What a basis misses of a real gradient",
         "|G - G P P^T| / |G|, median over layers (the paper's Figure 2b), on the batch of the fit and on later ones.",
@@ -118,6 +123,22 @@ def time_split(rows: list[Row]) -> Iterator[str]:
     yield markdown(header, lines)
 
 
+def train_step(rows: list[Row]) -> Iterator[str]:
+    """Yield a table for each rank, fastest first; what has no rank is in all of them."""
+    header = ("", "seconds", "over LoRA", "over AdamW foreach", "worst step", "peak", "gradients", "state")
+    names = ("amortised_seconds", "over_lora", "over_adamw", "worst", "peak_mib", "gradient_mib", "state_mib")
+    ranks = sorted({int(row["rank"]) for row in rows})
+    by_contender = grouped(rows, "contender")
+    everywhere = [mine[0] for mine in by_contender.values() if len(mine) == 1 and len(ranks) > 1]
+    for rank in ranks:
+        members = [row for row in rows if int(row["rank"]) == rank or row in everywhere]
+        ran = sorted((row for row in members if row["status"] == "ok"), key=lambda row: float(row["amortised_seconds"]))
+        lines = [(row["contender"], *(figure(row[name]) for name in names)) for row in ran]
+        yield f"**rank {rank}**\n\n{markdown(header, lines)}"
+        for row in (row for row in members if row["status"] != "ok"):
+            yield f"{row['contender']}: {row['status']}"
+
+
 def subspace_error(rows: list[Row]) -> Iterator[str]:
     """Yield a table for each kind of weight and rank: a row for each basis, a column for each lag."""
     lags = sorted({int(row["lag"]) for row in rows})
@@ -147,7 +168,7 @@ def _percent(row: Row) -> str:
 
 
 TABLES: dict[str, Callable[[list[Row]], Iterator[str]]] = {
-    f.__name__: f for f in (step_time, refresh_time, memory, time_split, subspace_error, kept_positions)
+    f.__name__: f for f in (step_time, refresh_time, memory, time_split, train_step, subspace_error, kept_positions)
 }
 
 

@@ -53,9 +53,8 @@ def create_optimizer(
         model: any module. Attention heads are read from `model.config` when it has one.
         preset: a name of `PRESETS`.
         lr: learning rate per step; the paper uses 1e-6 with scale 16 to 128.
-        gradients: "full": as any optimizer. "layerwise": step each weight inside backward and free its gradient at
-            once; see `attach_layerwise`. "compact": linear layers hand over P^T G and never form G between refreshes;
-            see `attach_compact`. None is "full", or "layerwise" if that is set.
+        gradients: "full" (None): as any optimizer. "layerwise": step each weight inside backward and free its gradient;
+            see `attach_layerwise`. "compact": layers hand over P^T G, G is not formed; see `attach_compact`.
         layerwise: the same as gradients="layerwise".
         accumulation_steps: backward passes per step. Not for full gradients.
         max_grad_norm: largest gradient norm, None: no clipping. For full gradients clip before `step()` instead.
@@ -69,23 +68,17 @@ def create_optimizer(
         ValueError: a value out of range, a rank that does not fit a layer, a name that matches no layer, a
             quantised or sharded model. The model is unchanged then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"create_optimizer takes the model itself, got {type(model).__name__}. Pass `model`.")
     _check_switches(layerwise=layerwise, compile=compile, foreach=False if foreach is None else foreach)
     mode = _gradients(gradients, layerwise)
     _check_mode(mode, accumulation_steps, max_grad_norm, clip, compile, foreach)
-    refuse_other_layerwise(list(model.parameters()))
-    refuse_other_compact(model.parameters())
-    chosen = get_preset(preset)
-    model = unwrapped(model)
+    _refuse_no_model(model)
+    chosen, model = get_preset(preset), unwrapped(model)
     options = rule_options(chosen)
     config = _override(chosen.config, options, overrides)
     _refuse_unsupported(model)
-    if mode == "compact":
-        refuse_whole_gradients(config.residual)
+    refuse_whole_gradients(config.residual if mode == "compact" else None)
     low_rank = plan_blocks(model, config, explicit=frozenset(overrides))
-    ends = {id(weight) for weight in embedding_weights(model).values()}
-    frozen = ends if config.embeddings == "frozen" else set()
+    frozen = {id(w) for w in embedding_weights(model).values()} if config.embeddings == "frozen" else set()
     weights = [(plain_name(n), p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in frozen]
     groups = _groups(weights, low_rank, weight_decay=options["weight_decay"])
     optimizer = LowRankOptimizer(groups, lr=lr, **options, config=config, foreach=foreach, compile=compile)
@@ -97,6 +90,14 @@ def create_optimizer(
         weight.requires_grad_(weight.requires_grad and id(weight) not in frozen)
     _log_summary(preset, config, low_rank, total=len(weights))
     return optimizer
+
+
+def _refuse_no_model(model: object) -> None:
+    """Raise for what is no model, or one whose weights another optimizer steps inside backward."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"create_optimizer takes the model itself, got {type(model).__name__}. Pass `model`.")
+    refuse_other_layerwise(list(model.parameters()))
+    refuse_other_compact(model.parameters())
 
 
 def _check_switches(**switches: object) -> None:

@@ -14,7 +14,7 @@ from crosslore import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("galore", "crosslore", "galore-torch", "torch AdamW fused")
-FILES = ("step_time", "refresh_time", "memory", "subspace_error", "kept_positions", "time_split")
+FILES = ("step_time", "refresh_time", "memory", "subspace_error", "kept_positions", "time_split", "train_step")
 ENVIRONMENT = {"profile", "device", "threads", "dtype", "torch", "packages", "source", "python", "commit", "date"}
 
 

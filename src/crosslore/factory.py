@@ -5,11 +5,11 @@ from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crosslore.checks import check_bool, check_choice
-from crosslore.compact.attach import attach_compact, refuse_whole_gradients
+from crosslore.compact.attach import WEIGHTS, Weights, attach_compact, refuse_whole_gradients
 from crosslore.compact.linear import refuse_other_compact
 from crosslore.config import LowRankConfig
 from crosslore.layerwise import Clip, attach_layerwise, refuse_other_layerwise
@@ -27,7 +27,17 @@ PAPER_NAMES = {"alpha": "scale", "warmup_k": "warmup_steps"}
 Gradients = Literal["full", "layerwise", "compact"]
 MODES: tuple[Gradients, ...] = ("full", "layerwise", "compact")
 # Options of `create_optimizer` itself.
-OWN_NAMES = {"lr", "gradients", "layerwise", "accumulation_steps", "max_grad_norm", "clip", "foreach", "compile"}
+OWN_NAMES = {
+    "lr",
+    "gradients",
+    "layerwise",
+    "accumulation_steps",
+    "max_grad_norm",
+    "clip",
+    "weights",
+    "foreach",
+    "compile",
+}
 
 
 def create_optimizer(
@@ -40,6 +50,7 @@ def create_optimizer(
     accumulation_steps: int = 1,
     max_grad_norm: float | None = None,
     clip: Clip = "weight",
+    weights: Weights = "direct",
     foreach: bool | None = None,
     compile: bool = False,
     **overrides: Any,  # Any: fields of LowRankConfig and rule options, each checked by its own type
@@ -55,49 +66,56 @@ def create_optimizer(
         lr: learning rate per step; the paper uses 1e-6 with scale 16 to 128.
         gradients: "full" (None): as any optimizer. "layerwise": step each weight inside backward and free its gradient;
             see `attach_layerwise`. "compact": layers hand over P^T G, G is not formed; see `attach_compact`.
-        layerwise: the same as gradients="layerwise".
+        layerwise: gradients="layerwise".
         accumulation_steps: backward passes per step. Not for full gradients.
         max_grad_norm: largest gradient norm, None: no clipping. For full gradients clip before `step()` instead.
         clip: what that norm is of: "weight" or "stale-global". For layerwise only.
+        weights: "direct" or "deferred", for compact gradients only; see `attach_compact`.
         foreach: see `LowRankOptimizer`.
         compile: see `LowRankOptimizer`.
         **overrides: fields of `LowRankConfig`, or `betas`, `eps`, `weight_decay`.
 
     Raises:
-        TypeError: an unknown option (the near names are listed), or a wrong type, or `model` is no module.
+        TypeError: an unknown option (near names are listed), a wrong type, or `model` is no module.
         ValueError: a value out of range, a rank that does not fit a layer, a name that matches no layer, a
             quantised or sharded model. The model is unchanged then.
     """
     _check_switches(layerwise=layerwise, compile=compile, foreach=False if foreach is None else foreach)
-    mode = _gradients(gradients, layerwise)
+    mode = _gradients(gradients, layerwise, weights)
     _check_mode(mode, accumulation_steps, max_grad_norm, clip, compile, foreach)
-    _refuse_no_model(model)
-    chosen, model = get_preset(preset), unwrapped(model)
+    chosen, model = get_preset(preset), _supported(model)
     options = rule_options(chosen)
     config = _override(chosen.config, options, overrides)
-    _refuse_unsupported(model)
     refuse_whole_gradients(config.residual if mode == "compact" else None)
     low_rank = plan_blocks(model, config, explicit=frozenset(overrides))
-    frozen = {id(w) for w in embedding_weights(model).values()} if config.embeddings == "frozen" else set()
-    weights = [(plain_name(n), p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in frozen]
-    groups = _groups(weights, low_rank, weight_decay=options["weight_decay"])
+    frozen = {id(w): w for w in embedding_weights(model).values()} if config.embeddings == "frozen" else {}
+    trained = [(plain_name(n), p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in frozen]
+    groups = _groups(trained, low_rank, weight_decay=options["weight_decay"])
     optimizer = LowRankOptimizer(groups, lr=lr, **options, config=config, foreach=foreach, compile=compile)
     if mode == "layerwise":
         attach_layerwise(optimizer, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, clip=clip)
     elif mode == "compact":
-        attach_compact(optimizer, model, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm)
-    for weight in embedding_weights(model).values():
-        weight.requires_grad_(weight.requires_grad and id(weight) not in frozen)
-    _log_summary(preset, config, low_rank, total=len(weights))
+        limits: dict[str, Any] = {"accumulation_steps": accumulation_steps, "max_grad_norm": max_grad_norm}
+        attach_compact(optimizer, model, weights=weights, **limits)
+    _freeze(frozen)
+    _log_summary(preset, config, low_rank, total=len(trained))
     return optimizer
 
 
-def _refuse_no_model(model: object) -> None:
-    """Raise for what is no model, or one whose weights another optimizer steps inside backward."""
+def _freeze(weights: dict[int, Tensor]) -> None:
+    for weight in weights.values():
+        weight.requires_grad_(False)
+
+
+def _supported(model: nn.Module) -> nn.Module:
+    """Return the model itself; raise for what is none, cannot be trained, or steps inside backward already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_optimizer takes the model itself, got {type(model).__name__}. Pass `model`.")
     refuse_other_layerwise(list(model.parameters()))
     refuse_other_compact(model.parameters())
+    model = unwrapped(model)
+    _refuse_unsupported(model)
+    return model
 
 
 def _check_switches(**switches: object) -> None:
@@ -105,13 +123,17 @@ def _check_switches(**switches: object) -> None:
         check_bool(name, value, hint="It is a switch.")
 
 
-def _gradients(gradients: str | None, layerwise: bool) -> str:
-    """Return the mode that two options name together."""
+def _gradients(gradients: str | None, layerwise: bool, weights: str) -> str:
+    """Return the mode that these options name together."""
     if gradients is not None:
         check_choice("gradients", gradients, MODES)
     if layerwise and gradients not in (None, "layerwise"):
         raise ValueError(f"layerwise=True is gradients='layerwise', got gradients={gradients!r} too. Leave one out.")
-    return gradients or ("layerwise" if layerwise else "full")
+    mode = gradients or ("layerwise" if layerwise else "full")
+    check_choice("weights", weights, WEIGHTS)
+    if weights == "deferred" and mode != "compact":
+        raise ValueError(f"weights='deferred' is for gradients='compact', got gradients={mode!r}. Leave one out.")
+    return mode
 
 
 def _check_mode(

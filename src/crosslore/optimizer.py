@@ -216,12 +216,23 @@ class LowRankOptimizer(Optimizer):
             group=g,
         )
 
+    def merge(self) -> None:
+        """Put what deferred weights have pending into them; called before a state is saved or loaded."""
+        if self.compact is not None:
+            self.compact.merge()
+
+    def state_dict(self) -> dict[str, Any]:  # Any: torch's own dict
+        """Return the state, deferred weights merged, so that a model saved beside it is whole."""
+        self.merge()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # Any: torch's own dict
         """Load a state; every tensor keeps the dtype it was saved in (torch would cast it to the weight's).
 
         Raises:
             ValueError: if the checkpoint is of another optimizer, or of other ranks or shapes than this one.
         """
+        self.merge()
         seen: list[dict[str, Any]] = []
         capture = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded))  # after others' hooks
         try:

@@ -1,7 +1,7 @@
 """From a weight with its gradient to the step of its blocks: the loop path and the foreach path."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import inf
@@ -184,14 +184,14 @@ def finish(pending: Pending, update: Tensor | None = None) -> None:
     block.put_(item.weight, matrix)
 
 
-def finish_many(pendings: list[Pending]) -> None:
+def finish_many(pendings: list[Pending], apply: Callable[[Pending, Tensor], None] = finish) -> None:
     """Do the same for many blocks of one group, the rule on all of them at once."""
     rule, hp = pendings[0].method.rule, pendings[0].ctx.hp
     contexts = [pending.ctx for pending in pendings]
     ages = [ctx.age for ctx in contexts]
     updates = rule.update_many([ctx.low for ctx in contexts], [ctx.state for ctx in contexts], ages, hp)
     for pending, update in zip(pendings, updates, strict=True):
-        finish(pending, update)
+        apply(pending, update)
 
 
 def full_step(item: Item, grad: Tensor) -> None:

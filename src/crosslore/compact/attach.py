@@ -2,12 +2,12 @@
 
 import logging
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from crosslore.checks import check_float, check_int
+from crosslore.checks import check_choice, check_float, check_int
 from crosslore.compact.gradients import CompactGradients
 from crosslore.compact.linear import reason_not_compact
 from crosslore.targets import plain_name
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Weights = Literal["direct", "deferred"]
+WEIGHTS: tuple[Weights, ...] = ("direct", "deferred")
+
 
 def attach_compact(
     optimizer: "LowRankOptimizer",
@@ -24,6 +27,7 @@ def attach_compact(
     *,
     accumulation_steps: int = 1,
     max_grad_norm: float | None = None,
+    weights: Weights = "direct",
 ) -> CompactGradients:
     """Let the linear layers of `model` hand their compact gradients to `optimizer` from backward.
 
@@ -37,6 +41,8 @@ def attach_compact(
             fitted to the first ones only.
         max_grad_norm: largest norm of all gradients together, compact ones as they are applied; None: no clipping.
             `torch.nn.utils.clip_grad_norm_` would see the whole gradients only.
+        weights: "direct": a step changes the weights. "deferred": it changes a compact tensor beside each, which
+            forward adds and which is merged at refreshes and before the weight is read (`optimizer.merge()`).
 
     Returns:
         The handle, which is also `optimizer.compact`; `detach()` ends it.
@@ -49,6 +55,7 @@ def attach_compact(
         raise TypeError(
             f"attach_compact takes a LowRankOptimizer, got {type(optimizer).__name__}. Use create_optimizer."
         )
+    check_choice("weights", weights, WEIGHTS)
     check_int("accumulation_steps", accumulation_steps, low=1, hint="1: a step for each backward pass.")
     if max_grad_norm is not None:
         check_float("max_grad_norm", max_grad_norm, low=0.0, low_open=True, hint="None switches clipping off.")
@@ -63,7 +70,11 @@ def attach_compact(
     if not layers:
         raise ValueError(f"gradients='compact' finds no layer that can be compact: {_counted(others)}. Use 'full'.")
     optimizer.compact = CompactGradients(
-        optimizer, layers, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm
+        optimizer,
+        layers,
+        accumulation_steps=accumulation_steps,
+        max_grad_norm=max_grad_norm,
+        deferred=weights == "deferred",
     )
     optimizer.compact.summary = summary(layers, others, optimizer)
     logger.info(optimizer.compact.summary)

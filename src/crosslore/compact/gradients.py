@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from crosslore.accumulation import add_gradient_, keep_compact_parts, norm_of, scale_
 from crosslore.compact.begin import Held, begin_compact, entries_of, residual_starts_now, sees_whole
+from crosslore.compact.deferred import can_be_deferred, defer, deferred_of, finish_deferred, undefer
 from crosslore.compact.factors import GradientFactors
 from crosslore.compact.linear import hand_over, take_back
 from crosslore.groups import largest_of_each
 from crosslore.residuals.sparse import kept_positions
-from crosslore.stepping import Pending, advance, begin, finish, finish_many, full_precision, steps_done, wait
+from crosslore.stepping import Pending, advance, begin, finish_many, full_precision, steps_done, wait
 
 if TYPE_CHECKING:
     from crosslore.optimizer import LowRankOptimizer
@@ -46,8 +47,9 @@ class CompactGradients:
         *,
         accumulation_steps: int,
         max_grad_norm: float | None,
+        deferred: bool = False,
     ) -> None:
-        """Let the layers hand over the factors of their weights' gradients."""
+        """Let the layers hand over the factors of their weights' gradients, and defer the updates of those that can."""
         self.optimizer, self.layers = optimizer, layers
         self.accumulation_steps, self.max_grad_norm = accumulation_steps, max_grad_norm
         self._held: dict[Tensor, Held] = {}
@@ -58,13 +60,24 @@ class CompactGradients:
         self.summary = ""
         for layer in layers:
             hand_over(layer, self.take)
+            item = optimizer.item(*optimizer.place(layer.weight))
+            if deferred and can_be_deferred(item) and deferred_of(layer.weight) is None:
+                defer(layer.weight, item.blocks[0].layout)
 
     def detach(self) -> None:
         """Make the layers ordinary ones again; what they handed over is dropped."""
         for layer in self.layers:
+            undefer(layer.weight)
             take_back(layer)
         self.forget()
         self.optimizer.compact = None
+
+    def merge(self) -> None:
+        """Put what deferred weights have pending into them."""
+        for layer in self.layers:
+            deferred = deferred_of(layer.weight)
+            if deferred is not None:
+                deferred.merge_()
 
     def forget(self, *, state_changed: bool = False) -> None:
         """Drop what was handed over, and with another state what is known of the old one."""
@@ -136,6 +149,15 @@ class CompactGradients:
             if weight.grad is not None and held.pendings:  # used outside its layer too
                 self._add_whole(held, weight.grad)
                 weight.grad = None
+                self._stop_deferring(weight, held.item.name)
+
+    def _stop_deferring(self, weight: Tensor, name: str) -> None:
+        """Step a weight directly from now on that is read outside its layer, where what is pending is not added."""
+        deferred = deferred_of(weight)
+        if deferred is not None:
+            if deferred.is_pending:
+                logger.warning("%s is used outside its layer, without its pending update: not deferred any more.", name)
+            undefer(weight)
 
     @torch.no_grad()
     @full_precision()
@@ -197,16 +219,21 @@ class CompactGradients:
             if one.poisoned or peak == math.inf:
                 skipped.append(one.item.name)
             elif not one.pendings:
+                undeferred = deferred_of(one.item.weight)
+                if undeferred is not None:
+                    undeferred.merge_()
                 wait(one.item, torch.zeros_like(one.item.weight))
             else:
+                hp = self.optimizer.item(*self.optimizer.place(one.item.weight)).hp  # a scheduler may have stepped
                 for pending in one.pendings:
+                    pending.ctx.hp = hp
                     if foreach and not pending.block.interleaved:
                         waiting[one.item.group].append(pending)
                     else:
-                        finish(pending)
+                        finish_deferred(pending)
                 advance(one.item.state)
         for group in waiting.values():
-            finish_many(group)
+            finish_many(group, finish_deferred)
         if skipped:
             self.optimizer.count_skips(skipped)
 

@@ -9,6 +9,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from crosslore.compact.deferred import DeferredWeight, deferred_of
 from crosslore.compact.factors import GradientFactors
 
 # Takes a weight and the factors of its gradient.
@@ -18,14 +19,19 @@ _SINKS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class CompactFunction(torch.autograd.Function):
-    """y = x W^T + b, forward as `F.linear`; backward gives x and b their gradients and the sink the factors of W's."""
+    """y = x W^T + b; backward gives x and b their gradients and the sink the factors of W's.
+
+    Forward is `F.linear`, bit for bit, autocast included; with a deferred weight it adds what is pending.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # Any: torch's own context
-        """Return the layer's output, bit for bit that of `F.linear`, autocast included."""
+        """Return the layer's output."""
         ctx.save_for_backward(x, weight)
         ctx.owner = weight  # what was saved may come back as an alias, under gradient checkpointing
-        return nn.functional.linear(x, weight, bias)
+        ctx.deferred = deferred = pending_of(weight)
+        ctx.version = 0 if deferred is None else deferred.version
+        return output(x, weight, bias, deferred)
 
     @staticmethod
     @once_differentiable
@@ -33,7 +39,17 @@ class CompactFunction(torch.autograd.Function):
         """Return the gradients of x and b; that of the weight goes to its sink in factors."""
         x, weight = ctx.saved_tensors
         wants_x, _, wants_bias = ctx.needs_input_grad
-        grad_x = (grad_output @ weight.to(grad_output.dtype)).to(x.dtype) if wants_x else None
+        grad_x = None
+        if wants_x:
+            grad_x = grad_output @ weight.to(grad_output.dtype)
+            if ctx.deferred is not None:
+                if ctx.version != ctx.deferred.version:
+                    raise RuntimeError(
+                        "a deferred weight has stepped between the forward and the backward pass. Call backward before "
+                        "optimizer.step(), or run forward again."
+                    )
+                grad_x = ctx.deferred.add_grad_input(grad_x, grad_output)
+            grad_x = grad_x.to(x.dtype)
         grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if wants_bias else None
         sink = _SINKS.get(ctx.owner)
         if sink is not None:
@@ -41,15 +57,57 @@ class CompactFunction(torch.autograd.Function):
         return grad_x, None, grad_bias
 
 
+def pending_of(weight: Tensor) -> DeferredWeight | None:
+    """Return what is pending beside a weight, None if the weight is the whole truth."""
+    deferred = deferred_of(weight)
+    return deferred if deferred is not None and deferred.is_pending else None
+
+
+def output(x: Tensor, weight: Tensor, bias: Tensor | None, deferred: DeferredWeight | None) -> Tensor:
+    """Return x W^T + b, W with what is pending."""
+    if deferred is None:
+        return nn.functional.linear(x, weight, bias)
+    y = deferred.add_output(nn.functional.linear(x, weight), x)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
 class CompactLinear(nn.Linear):
-    """`nn.Linear` in every respect but one: while a sink asks for it, the weight's gradient is never formed."""
+    """`nn.Linear` in every respect but one: while a sink asks for it, the weight's gradient is never formed.
+
+    Whatever reads the weight as a whole (`state_dict`, copies, pickles, `to`) sees it with what is pending merged.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b."""
-        if not (torch.is_grad_enabled() and self.weight.requires_grad and self.weight in _SINKS):
-            return super().forward(x)
-        y: Tensor = _compact_forward(x, self.weight, self.bias)
-        return y
+        if torch.is_grad_enabled() and self.weight.requires_grad and self.weight in _SINKS:
+            y: Tensor = _compact_forward(x, self.weight, self.bias)
+            return y
+        return output(x, self.weight, self.bias, pending_of(self.weight))
+
+    def merge(self) -> None:
+        """Put what is pending into the weight."""
+        deferred = deferred_of(self.weight)
+        if deferred is not None:
+            deferred.merge_()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:  # Any: torch's own arguments
+        self.merge()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        deferred = deferred_of(self.weight)
+        if deferred is not None and f"{prefix}weight" in state_dict:
+            deferred.drop()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # Any: torch's own signature
+        self.merge()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:  # Any: torch's own attributes
+        """Return what copies and pickles hold."""
+        self.merge()
+        return self.__dict__.copy()
 
 
 @_disable_dynamo  # the sink steps an optimizer: not for a compiled graph

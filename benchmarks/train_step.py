@@ -11,6 +11,7 @@ moment of the machine concerns all of them. Of a process:
 - *peak*: resident memory above the loaded model, most of all steps; *gradients* and *state*: bytes of `.grad` after
   backward, and of the optimizer's tensors.
 
+*compact* and *deferred* are `gradients="compact"` without and with `weights="deferred"`.
 LoRA and DoRA train adapters at all linear layers and nothing else. "frozen" leaves the embeddings out as they do; the
 paper trains all weights. Gradient checkpointing is off.
 """
@@ -113,6 +114,8 @@ def ours(model: nn.Module, rank: int, preset: str, gradients: str, **options: An
 
     if preset == "crosslore":
         options["warmup_steps"] = 1
+    if gradients == "deferred":
+        gradients, options["weights"] = "compact", "deferred"
     settings = {"lr": LEARNING_RATE, "rank": rank, "refresh_every": INTERVAL, "gradients": gradients}
     return model, create_optimizer(model, preset, **settings, **options)
 
@@ -126,7 +129,7 @@ SETUPS: dict[str, Callable[..., Setup]] = {
     "galore-torch": galore_torch,
     "apollo-torch": apollo_torch,
     **{
-        f"{preset} {gradients}{', frozen' if frozen else ''}": (
+        f"{preset} {gradients}{' frozen' if frozen else ''}": (
             lambda model, rank, p=preset, g=gradients, f=frozen: ours(
                 model, rank, p, g, **({"embeddings": "frozen"} if f else {})
             )
@@ -136,8 +139,11 @@ SETUPS: dict[str, Callable[..., Setup]] = {
             ("crosslore", "layerwise", False),
             ("crosslore", "compact", False),
             ("crosslore", "compact", True),
+            ("crosslore", "deferred", True),
             ("crosslore_plus", "compact", False),
             ("crosslore_plus", "compact", True),
+            ("crosslore_plus", "deferred", False),
+            ("crosslore_plus", "deferred", True),
         )
     },
 }

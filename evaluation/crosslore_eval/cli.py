@@ -19,6 +19,7 @@ from crosslore_eval.tasks.loading import load_rows
 
 SCORING_PACKAGES = ("numpy", "sacrebleu", "nltk", "rouge_score", "rouge_chinese", "jieba", "pycocoevalcap", "rich")
 GENERATION_PACKAGES = ("torch", "transformers", "tqdm")
+MOST_SAMPLES = 1_000_000
 DEFAULT_OUT = Path("saves") / "eval"
 
 
@@ -92,8 +93,8 @@ def _examples(task: Task, args: argparse.Namespace) -> list[Example]:
 
 
 def _check_samples(name: str, samples: int) -> None:
-    if samples < 0 or (name == "samples" and samples == 0):
-        raise EvalError(f"--{name} must be a number of bootstrap samples >= 1, got {samples}.")
+    if not (0 if name == "confidence" else 1) <= samples <= MOST_SAMPLES:
+        raise EvalError(f"--{name} must be a number of bootstrap samples in [1, {MOST_SAMPLES}], got {samples}.")
 
 
 def _check_scoring(args: argparse.Namespace) -> None:

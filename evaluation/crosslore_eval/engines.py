@@ -72,7 +72,7 @@ class VllmEngine:
         for batch in batches:
             settings = SamplingParams(
                 max_tokens=decoding.max_new_tokens, temperature=decoding.temperature, top_p=decoding.top_p,
-                top_k=decoding.top_k or -1, seed=decoding.seed * 1_000_003 + batch[0],
+                top_k=decoding.top_k or -1, seed=(decoding.seed * 1_000_003 + batch[0]) % 2**63,
             )  # fmt: skip
             prompts = [{"prompt_token_ids": list(encoded[index])} for index in batch]
             results = self.llm.generate(prompts, settings, lora_request=self.lora, use_tqdm=False)
@@ -83,6 +83,14 @@ class VllmEngine:
                 )
                 for index, result in zip(batch, results, strict=True)
             ]  # fmt: skip
+
+
+def where_and_how(name: str, *, device: str | None, dtype: str) -> str:
+    """Return the kind of device and the dtype that the options mean here; rows of two of them must not mix."""
+    if name != "transformers":
+        return f"{name}, {dtype}"
+    where = pick_device(device)
+    return f"{where.type}, {str(pick_dtype(dtype, where)).removeprefix('torch.')}"
 
 
 def load_engine(name: str, model: str, *, device: str | None, dtype: str) -> Engine:

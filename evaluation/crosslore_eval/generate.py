@@ -1,6 +1,7 @@
 """Batched generation with transformers: left-padded, longest prompts first, with the key-value cache."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,9 +80,21 @@ def generate_batches(
     config = generation_config(model, tokenizer, decoding)
     ends = set(config.eos_token_id or [])
     for batch in batches:
-        torch.manual_seed(decoding.seed * 1_000_003 + batch[0])
-        rows = _generate(model, [encoded[index] for index in batch], config)
+        torch.manual_seed((decoding.seed * 1_000_003 + batch[0]) % 2**63)
+        with _no_other_settings(model):
+            rows = _generate(model, [encoded[index] for index in batch], config)
         yield [_answer(tokenizer, index, row, ends) for index, row in zip(batch, rows, strict=True)]
+
+
+@contextmanager
+def _no_other_settings(model: Any) -> Iterator[None]:
+    """Take the model's own generation config away: transformers fills in from it whatever ours does not set."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _answer(tokenizer: Any, index: int, tokens: list[int], ends: set[int]) -> Answer:

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from crosslore_eval.errors import EvalError
@@ -16,7 +17,9 @@ PREDICTION_FIELDS = ("prediction", "predict")
 # A list of texts, then single ones: ours, GSM8K's, MAWPS', LLaMA-Factory's, and the data sets'.
 REFERENCES_FIELD = "references"
 REFERENCE_FIELDS = ("answer", "ans", "reference", "ref", "label", "output", "highlights", "summary", "human_reference")
-INPUT_FIELDS = ("input", "mr", "MR", "meaning_representation", "prompt")
+INPUT_FIELDS = ("input", "mr", "MR", "meaning_representation")
+# LLaMA-Factory's: the input with the template around it, good for grouping only.
+PROMPT_FIELD = "prompt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,8 @@ class Outputs:
     predictions: list[str]
     references: list[list[str]] | None = None
     inputs: list[str] | None = None
+    # inputs with a template around them
+    prompts: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,8 @@ class References:
     source: str
     texts: list[list[str]]
     inputs: list[str] | None = None
+    # For each example the positions of its references among all rows; None: they follow each other.
+    rows: list[list[int]] | None = None
 
 
 def _read_bytes(path: Path, *, option: str) -> bytes:
@@ -78,11 +85,12 @@ def read_outputs(path: Path) -> Outputs:
     predictions = [_prediction(place, fields) for place, fields in rows]
     _check_complete(path, rows)
     references = [_references(fields) for _, fields in rows]
+    prompts = _texts(rows, (PROMPT_FIELD,))
     held = [found for found in references if found is not None]
     if held and len(held) < len(rows):
         place = rows[next(i for i, found in enumerate(references) if found is None)][0]
         raise EvalError(f"{place}: expected references as in the other rows, got none.")
-    return Outputs(path=path, predictions=predictions, references=held or None, inputs=_inputs(rows))
+    return Outputs(path=path, predictions=predictions, references=held or None, inputs=_inputs(rows), prompts=prompts)
 
 
 def _prediction(place: str, fields: dict[str, object]) -> str:
@@ -108,13 +116,20 @@ def _check_complete(path: Path, rows: Sequence[Located]) -> None:
 
 
 def _inputs(rows: Sequence[Located]) -> list[str] | None:
-    names = [name for name in INPUT_FIELDS if all(isinstance(fields.get(name), str) for _, fields in rows)]
+    return _texts(rows, INPUT_FIELDS)
+
+
+def _texts(rows: Sequence[Located], fields_to_try: Sequence[str]) -> list[str] | None:
+    """Return the first of these fields that every row has as text."""
+    names = [name for name in fields_to_try if all(isinstance(fields.get(name), str) for _, fields in rows)]
     return [str(fields[names[0]]) for _, fields in rows] if names else None
 
 
 def _references(fields: dict[str, object]) -> list[str] | None:
     """Return the references of a row: the list, or the one text or number; None if it has none."""
     many = fields.get(REFERENCES_FIELD)
+    if isinstance(many, str):
+        return [many]
     if isinstance(many, list) and many and all(isinstance(text, str | int | float) for text in many):
         return [str(text) for text in many]
     for name in REFERENCE_FIELDS:
@@ -141,7 +156,7 @@ def read_references(path: Path, *, task: Task, count: int) -> References:
     if not text.strip():
         raise EvalError(f"--references: {path} is empty.")
     if not _is_structured(path, text):
-        return References(source=str(path), texts=_blocks(path, text, count=count))
+        return References(source=str(path), texts=_blocks(path, text, task=task, count=count))
     rows = read_rows(data, path=path, columns=task.fields)
     found = [_references(fields) for _, fields in rows]
     for (place, fields), texts in zip(rows, found, strict=True):
@@ -150,17 +165,17 @@ def read_references(path: Path, *, task: Task, count: int) -> References:
                 f"{place}: expected a reference: `references` (a list) or one of {', '.join(REFERENCE_FIELDS)}; got "
                 f"{', '.join(fields) or 'none'}."
             )
-    texts_of, inputs = [texts or [] for texts in found], _inputs(rows)
-    if task.groups_rows and inputs is not None:
-        texts_of, inputs = group(texts_of, inputs)
-    return References(source=str(path), texts=texts_of, inputs=inputs)
+    return grouped(str(path), [texts or [] for texts in found], _inputs(rows), task=task)
 
 
-def _blocks(path: Path, text: str, *, count: int) -> list[list[str]]:
+def _blocks(path: Path, text: str, *, task: Task, count: int) -> list[list[str]]:
     """Return the references of text in the e2e-metrics layout, or with one reference a line."""
     lines = [line.strip() for line in _lines(text.strip("\r\n"))]
     if "" not in lines:
-        return [lines] if count == 1 and len(lines) > 1 else [[line] for line in lines]
+        if task.groups_rows and count == 1 and len(lines) > 1:
+            logger.warning("%s: %d lines for one output: all of them are its references", path, len(lines))
+            return [lines]
+        return [[line] for line in lines]
     blocks: list[list[str]] = [[]]
     for number, line in enumerate(lines, start=1):
         if line:
@@ -175,12 +190,16 @@ def _blocks(path: Path, text: str, *, count: int) -> list[list[str]]:
     return blocks
 
 
-def group(texts: Sequence[Sequence[str]], inputs: Sequence[str]) -> tuple[list[list[str]], list[str]]:
-    """Return references and inputs with rows of equal input put together, in order of first appearance."""
-    grouped: dict[str, list[str]] = {}
-    for row, key in zip(texts, inputs, strict=True):
-        grouped.setdefault(key, []).extend(row)
-    return list(grouped.values()), list(grouped)
+def grouped(source: str, texts: list[list[str]], inputs: list[str] | None, *, task: Task) -> References:
+    """Return references, rows of equal input put together in order of first appearance if the task says so."""
+    if not task.groups_rows or inputs is None:
+        return References(source=source, texts=texts, inputs=inputs)
+    found: dict[str, list[int]] = {}
+    for row, key in enumerate(inputs):
+        found.setdefault(key, []).append(row)
+    rows = list(found.values())
+    together = [[text for row in own for text in texts[row]] for own in rows]
+    return References(source=source, texts=together, inputs=list(found), rows=rows)
 
 
 def align(outputs: Outputs, references: References, *, task: Task) -> tuple[list[str], list[list[str]]]:
@@ -200,9 +219,10 @@ def align(outputs: Outputs, references: References, *, task: Task) -> tuple[list
         extra = len(outputs.predictions) - len(predictions)
         logger.warning("%s: %d empty lines at the end left out", outputs.path, extra)
     if len(predictions) == len(texts):
+        _check_inputs(outputs, references)
         return predictions, texts
     if task.groups_rows and len(predictions) == rows:
-        return _first_of_each(predictions, texts, path=outputs.path), texts
+        return _first_of_each(predictions, references, path=outputs.path), texts
     counts = f"{outputs.path} has {len(predictions)} outputs, {references.source} has {len(texts)} examples"
     if task.groups_rows and rows != len(texts):
         counts += f" ({rows} references)"
@@ -212,14 +232,27 @@ def align(outputs: Outputs, references: References, *, task: Task) -> tuple[list
     raise EvalError(f"{counts}: output {len(texts) + 1}, {shown(predictions[len(texts)])}, is the first beyond them.")
 
 
-def _first_of_each(predictions: Sequence[str], texts: Sequence[Sequence[str]], *, path: Path) -> list[str]:
-    firsts, start, differing = [], 0, 0
-    for references in texts:
-        own = predictions[start : start + len(references)]
-        firsts.append(own[0])
-        differing += len(set(own)) > 1
-        start += len(references)
-    logger.warning("%s: one output for each of %d references: the first of each example is scored", path, start)
+def _check_inputs(outputs: Outputs, references: References) -> None:
+    """Raise if outputs and references name their inputs and those differ: one of the two is in another order."""
+    if outputs.inputs is None or references.inputs is None:
+        return
+    for number, (own, wanted) in enumerate(zip(outputs.inputs, references.inputs, strict=False), start=1):
+        if " ".join(own.split()) != " ".join(wanted.split()):
+            raise EvalError(
+                f"example {number} of {outputs.path} answers {shown(own)}, that of {references.source} is "
+                f"{shown(wanted)}: they must be in the same order. Sort one of them."
+            )
+
+
+def _first_of_each(predictions: Sequence[str], references: References, *, path: Path) -> list[str]:
+    """Return the first output of each example, from one output for each of its references."""
+    rows = references.rows
+    if rows is None:
+        ends = list(accumulate(map(len, references.texts)))
+        rows = [list(range(end - len(texts), end)) for end, texts in zip(ends, references.texts, strict=True)]
+    own = [[predictions[row] for row in positions] for positions in rows]
+    logger.warning("%s: one output for each reference: the first of each of %d examples is scored", path, len(rows))
+    differing = sum(len(set(texts)) > 1 for texts in own)
     if differing:
-        logger.warning("%s: in %d of %d examples these outputs differ", path, differing, len(texts))
-    return firsts
+        logger.warning("%s: in %d of %d examples these outputs differ", path, differing, len(rows))
+    return [texts[0] for texts in own]

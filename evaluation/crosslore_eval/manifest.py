@@ -14,7 +14,7 @@ from crosslore_eval.tasks.base import Example
 
 # JSON values only.
 Manifest = dict[str, object]
-PACKAGES = ("torch", "transformers", "tokenizers", "vllm")
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "vllm")
 
 
 def manifest_path(out: Path) -> Path:
@@ -56,7 +56,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def write_manifest(out: Path, manifest: Manifest) -> None:
     """Write the manifest beside a predictions file."""
-    write_atomically(manifest_path(out), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(manifest_path(out), json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_manifest(out: Path) -> Manifest | None:
@@ -72,9 +72,10 @@ def check_same(out: Path, wanted: Mapping[str, object]) -> None:
     """Raise `EvalError` unless the manifest beside `out` says the same; the message names what differs."""
     held = read_manifest(out)
     if held is None:
+        found = out if out.exists() else partial_path(out)
         raise EvalError(
-            f"{out} is there without a readable manifest ({manifest_path(out).name}). Choose another --out, or replace "
-            "it with --overwrite."
+            f"{found} is there without a readable manifest ({manifest_path(out).name}). Choose another --out, or "
+            "replace it with --overwrite."
         )
     differing = [name for name, value in wanted.items() if held.get(name) != value]
     if differing:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ def check_model(name: str) -> None:
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise EvalError(f"model folder must hold config.json or adapter_config.json, got {name}. {_nearby(folder)}")
+        if not any(path.suffix in WEIGHT_ENDINGS and path.name not in TRAINING_STATE for path in folder.iterdir()):
+            raise EvalError(f"model folder must hold weights ({', '.join(WEIGHT_ENDINGS)}), got {name} with none.")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise EvalError(f"--model must be a folder or a name on the hub (owner/name), got {name}, which is not there.")
 
@@ -43,7 +46,7 @@ def model_hash(name: str) -> str:
     """
     folder = Path(name)
     if not folder.is_dir():
-        return name
+        return _on_hub(name)
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         is_weight = file.suffix in WEIGHT_ENDINGS and file.name not in TRAINING_STATE
@@ -58,12 +61,27 @@ def model_hash(name: str) -> str:
     return digest.hexdigest()
 
 
+def _on_hub(name: str) -> str:
+    """Return a hub name with the commit of the files that are used, or the name alone if that cannot be found out."""
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(name, "config.json")
+    except (OSError, ValueError):  # loading will say what is wrong
+        return name
+    parts = Path(str(file)).parts
+    return f"{name}@{parts[parts.index('snapshots') + 1]}" if "snapshots" in parts else name
+
+
 def adapter_base(name: str) -> str | None:
     """Return the base model that a LoRA adapter's folder names, or None if it is no adapter."""
     file = Path(name) / "adapter_config.json"
     if not file.is_file():
         return None
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise EvalError(f"{file} must hold one JSON object: {error}. Take it from the original adapter.") from error
     return str(base) if base else None
 
 
@@ -77,6 +95,11 @@ def pick_device(name: str | None = None) -> Any:
         raise EvalError(f"--device must be a torch device such as cpu or cuda:0, got {name}.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EvalError(f"--device {name} needs a CUDA device, and torch sees none. Leave the option out.")
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise EvalError(f"--device {name} does not work here: {reason}. Leave the option out.") from error
     return device
 
 
@@ -122,15 +145,42 @@ def load_model(name: str | Path, *, device: Any = None, dtype: Any = None) -> tu
             from peft import PeftModel
         except ImportError as error:
             raise EvalError(f"{name} is a LoRA adapter, which needs peft: pip install peft") from error
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))  # tokens that training added
-        model = PeftModel.from_pretrained(model, str(name)).merge_and_unload()
+        rows = embedding_rows(Path(name)) or max(len(tokenizer), model.get_input_embeddings().num_embeddings)
+        if rows != model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(rows)  # training added tokens
+        model = _loaded(str(name), lambda: PeftModel.from_pretrained(model, str(name)).merge_and_unload())
     return model.to(device).eval(), tokenizer
 
 
-def _from_pretrained(kind: Any, name: str, **options: Any) -> Any:
+def embedding_rows(adapter: Path) -> int | None:
+    """Return how many rows the embeddings have that an adapter brings along, None if it brings none.
+
+    LLaMA-Factory rounds them up when it adds tokens, so the tokenizer does not tell.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        return None
     try:
-        return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+        with safe_open(file, framework="pt") as held:
+            names = [name for name in held.keys() if "embed_tokens" in name or "lm_head" in name]  # noqa: SIM118
+            whole = [name for name in names if "lora_" not in name]
+            return int(held.get_slice(whole[0]).get_shape()[0]) if whole else None
+    except SafetensorError as error:
+        raise EvalError(f"cannot load {file}: {error}. It may be incomplete.") from error
+
+
+def _from_pretrained(kind: Any, name: str, **options: Any) -> Any:
+    return _loaded(name, lambda: kind.from_pretrained(name, **options))
+
+
+def _loaded(name: str, load: Callable[[], Any]) -> Any:
+    """Return what `load` returns; whatever is wrong with the files becomes one line."""
+    from safetensors import SafetensorError
+
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise EvalError(f"cannot load {name}: {type(error).__name__}: {reason}") from error

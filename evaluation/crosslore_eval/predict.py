@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from crosslore_eval import manifest as manifests
-from crosslore_eval.engines import Engine, load_engine
+from crosslore_eval.engines import Engine, load_engine, where_and_how
 from crosslore_eval.errors import EvalError
 from crosslore_eval.generate import Answer, Decoding, batches_of
 from crosslore_eval.models import check_model, model_hash
@@ -49,10 +49,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        temperature = self.decoding.temperature
         checks = [
             ("batch-size", self.batch_size, self.batch_size >= 1, ">= 1"),
             ("max-new-tokens", self.decoding.max_new_tokens, self.decoding.max_new_tokens >= 1, ">= 1"),
-            ("temperature", self.decoding.temperature, self.decoding.temperature >= 0, ">= 0 (0 is greedy)"),
+            (
+                "temperature",
+                temperature,
+                temperature == 0 or 0.01 <= temperature <= 100,
+                "0 (greedy) or in [0.01, 100]",
+            ),
             ("top-p", self.decoding.top_p, 0 < self.decoding.top_p <= 1, "in (0, 1]"),
             ("top-k", self.decoding.top_k, self.decoding.top_k >= 0, ">= 0 (0 is all)"),
             (
@@ -124,15 +130,23 @@ def _only_writer(out: Path) -> Iterator[None]:
         yield
         return
     path = out.with_name(f"{out.name}.lock")
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise EvalError(f"another process is writing {out}. Wait for it, or choose another --out.") from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise EvalError(f"another process is writing {out}. Wait for it, or choose another --out.") from error
+            try:
+                is_current = os.fstat(file.fileno()).st_ino == path.stat().st_ino
+            except FileNotFoundError:
+                is_current = False
+            if not is_current:  # its last holder removed it after we had opened it: what we hold locks nobody out
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def _identity(task: Task, examples: Sequence[Example], settings: Settings) -> manifests.Manifest:
@@ -146,6 +160,7 @@ def _identity(task: Task, examples: Sequence[Example], settings: Settings) -> ma
         "examples_sha256": manifests.examples_hash(examples),
         "model_sha256": model_hash(settings.model),
         "settings": held,
+        "computed_in": where_and_how(settings.engine, device=settings.device, dtype=settings.dtype),
         "versions": manifests.versions(),
     }
 
@@ -179,7 +194,7 @@ def _generate(
 
 def _prompt_limit(engine: Engine, settings: Settings) -> int | None:
     """Return the most tokens of a prompt, or None if nothing limits them."""
-    if settings.max_prompt_tokens is not None or engine.context is None:
+    if engine.context is None:
         return settings.max_prompt_tokens
     limit = engine.context - settings.decoding.max_new_tokens
     if limit < 1:
@@ -187,7 +202,7 @@ def _prompt_limit(engine: Engine, settings: Settings) -> int | None:
             f"--max-new-tokens must be below the model's context of {engine.context} tokens, got "
             f"{settings.decoding.max_new_tokens}."
         )
-    return limit
+    return limit if settings.max_prompt_tokens is None else min(limit, settings.max_prompt_tokens)
 
 
 def _continue_from(partial: Path, batches: Sequence[Sequence[int]], prompts: Prompts) -> int:

@@ -1,11 +1,11 @@
-"""Prompts written exactly as LLaMA-Factory's templates write them in training.
+"""Prompts written and tokenised exactly as LLaMA-Factory's templates do it in training.
 
 A model that LLaMA-Factory trained with one of its templates carries it as the tokenizer's chat template: `model`, the
 default, uses that. The others are for models that carry none, or another one.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,20 @@ from crosslore_eval.tasks.base import Example
 CUTS = 8
 # The tokenizer's own chat template.
 MODEL_TEMPLATE = "model"
+BOS, EOS = "{bos}", "{eos}"
+# Stands for a message while a chat template is looked at.
+SENTINEL = "a message of 7 words, for comparison"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """A user's turn up to where the answer begins; `{bos}` and `{eos}` stand for the tokenizer's tokens."""
+    """A user's turn up to where the answer begins.
 
-    text: str
+    Each part is tokenised by itself, which makes a difference for tokenizers that put a space in front of a text.
+    """
+
+    # Texts, one of them with `{content}`; BOS and EOS stand for the tokenizer's tokens.
+    parts: tuple[str, ...]
     # where an answer of a model that runs on ends
     stop: tuple[str, ...] = ()
 
@@ -30,19 +37,25 @@ class Template:
 # LLaMA-Factory 0.9.5, data/template.py, first turn without a system message. A test holds each against it.
 TEMPLATES: dict[str, Template] = {
     "alpaca": Template(
-        text="Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\n{content}\n\n### Response:\n",
+        parts=(
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.\n\n",
+            "### Instruction:\n{content}\n\n### Response:\n",
+        ),
         stop=("\n\n### Instruction:",),
     ),
     "chatml": Template(
-        text="<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n", stop=("<|im_end|>", "<|im_start|>")
+        parts=("<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n",), stop=("<|im_end|>", "<|im_start|>")
     ),
-    "default": Template(text="Human: {content}{eos}\nAssistant:", stop=("\nHuman:",)),
-    "empty": Template(text="{content}"),
-    "llama2": Template(text="{bos}[INST] {content} [/INST]"),
+    "default": Template(parts=("Human: {content}", EOS, "\nAssistant:"), stop=("\nHuman:",)),
+    "empty": Template(parts=("{content}",)),
+    "llama2": Template(parts=(BOS, "[INST] {content} [/INST]")),
     "llama3": Template(
-        text="{bos}<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        parts=(
+            BOS,
+            "<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
         stop=("<|eot_id|>",),
     ),
 }
@@ -53,11 +66,56 @@ def content_of(instruction: str, input_text: str = "") -> str:
     return "\n".join(part for part in (instruction, input_text) if part)
 
 
-def prompt_writer(name: str, tokenizer: Any) -> Callable[[str], str]:  # Any: transformers' classes are dynamic
-    """Return the function that turns a user's message into a prompt.
+@dataclass(frozen=True)
+class PromptWriter:
+    """Turns a user's message into a prompt, as text by calling it, and as tokens."""
+
+    tokenizer: Any  # Any: transformers' classes are dynamic
+    # None: the tokenizer's chat template, which is none of `TEMPLATES`
+    template: Template | None
+
+    def __call__(self, content: str) -> str:
+        """Return the prompt as text."""
+        if self.template is None:
+            return rendered(self.tokenizer, content)
+        tokens = {BOS: self.tokenizer.bos_token or "", EOS: self.tokenizer.eos_token or ""}
+        return "".join(tokens[part] if part in tokens else _filled(part, content) for part in self.template.parts)
+
+    def encode(self, content: str) -> list[int]:
+        """Return the prompt as tokens; nothing is added to what the template writes."""
+        if self.template is None:
+            return self._tokens(self(content))
+        found: list[int] = []
+        for part in self.template.parts:
+            if part in (BOS, EOS):
+                token = self.tokenizer.bos_token_id if part == BOS else self.tokenizer.eos_token_id
+                found += [] if token is None else [token]
+            else:
+                found += self._tokens(_filled(part, content))
+        return found
+
+    def _tokens(self, text: str) -> list[int]:
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
+
+
+def _filled(part: str, content: str) -> str:
+    before, mark, after = part.partition("{content}")
+    return f"{before}{content}{after}" if mark else part
+
+
+def rendered(tokenizer: Any, content: str) -> str:
+    """Return what the tokenizer's chat template writes for one message."""
+    messages = [{"role": "user", "content": content}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def prompt_writer(name: str, tokenizer: Any) -> PromptWriter:
+    """Return what turns a user's message into a prompt.
 
     Args:
-        name: one of `TEMPLATES`, or "model" for the tokenizer's own chat template.
+        name: one of `TEMPLATES`, or "model" for the tokenizer's own chat template; one that writes what one of
+            `TEMPLATES` writes is taken for that one.
         tokenizer: of the model.
 
     Raises:
@@ -69,18 +127,12 @@ def prompt_writer(name: str, tokenizer: Any) -> Callable[[str], str]:  # Any: tr
                 "--template model needs a tokenizer with a chat template, and this model's has none. Give the template "
                 f"that it was trained with: --template {' | '.join(TEMPLATES)} (`template:` in LLaMA-Factory's YAML)."
             )
-        return lambda content: str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-            )
-        )
+        wanted = rendered(tokenizer, SENTINEL)
+        same = (template for template in TEMPLATES.values() if PromptWriter(tokenizer, template)(SENTINEL) == wanted)
+        return PromptWriter(tokenizer, next(same, None))
     if name not in TEMPLATES:
         raise unknown_name("template", name, [MODEL_TEMPLATE, *TEMPLATES])
-    before, after = TEMPLATES[name].text.split("{content}")
-    tokens = {"{bos}": tokenizer.bos_token or "", "{eos}": tokenizer.eos_token or ""}
-    for mark, token in tokens.items():
-        before, after = before.replace(mark, token), after.replace(mark, token)
-    return lambda content: before + content + after
+    return PromptWriter(tokenizer, TEMPLATES[name])
 
 
 def stops_of(name: str) -> tuple[str, ...]:
@@ -121,26 +173,20 @@ def write_prompts(tokenizer: Any, examples: Sequence[Example], *, template: str,
         EvalError: if a prompt does not fit even without its input.
     """
     write, prompts = prompt_writer(template, tokenizer), Prompts()
-
-    def encode(text: str) -> list[int]:
-        tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return tokens
-
     for number, example in enumerate(examples, start=1):
-        text, kept = write(content_of(example.instruction, example.input)), example.input
-        tokens = encode(text)
+        content, kept = content_of(example.instruction, example.input), example.input
+        tokens = write.encode(content)
         for _ in range(CUTS):
             if limit is None or len(tokens) <= limit or not kept:
                 break
-            pieces = encode(kept)
-            kept = str(
-                tokenizer.decode(pieces[: max(0, len(pieces) - (len(tokens) - limit))], skip_special_tokens=True)
-            )
-            text = write(content_of(example.instruction, kept))
-            tokens = encode(text)
+            pieces = tokenizer(kept, add_special_tokens=False)["input_ids"]
+            room = max(0, len(pieces) - (len(tokens) - limit))
+            kept = str(tokenizer.decode(pieces[:room], skip_special_tokens=True))
+            content = content_of(example.instruction, kept)
+            tokens = write.encode(content)
         if limit is not None and len(tokens) > limit:
             raise EvalError(f"the prompt of example {number} has {len(tokens)} tokens without its input, {limit} fit.")
         prompts.shortened += kept != example.input
-        prompts.texts.append(text)
+        prompts.texts.append(write(content))
         prompts.tokens.append(tokens)
     return prompts

@@ -63,9 +63,15 @@ def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
 
 
 def check_picture(path: Path | None) -> None:
-    """Raise unless matplotlib can write a file of this name."""
-    if path is not None and path.suffix not in PICTURE_ENDINGS:
+    """Raise unless matplotlib can write a file of this name; its folder is made."""
+    if path is None:
+        return
+    if path.suffix not in PICTURE_ENDINGS:
         raise EvalError(f"--plot must end in one of {', '.join(PICTURE_ENDINGS)}, got {path}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvalError(f"--plot: cannot make the folder {path.parent}: {error.strerror}.") from error
 
 
 def draw(systems: Mapping[str, Report], path: Path) -> None:
@@ -99,6 +105,5 @@ def draw(systems: Mapping[str, Report], path: Path) -> None:
         panel.set_xticks(range(len(systems)), list(systems), fontsize=7)
         panel.tick_params(axis="y", labelsize=7)
     figure.suptitle(f"{first.task}, protocol {first.protocol}, {first.n} examples", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from crosslore_eval import bootstrap
 from crosslore_eval.errors import EvalError
-from crosslore_eval.inputs import Outputs, References, align, group, read_references
+from crosslore_eval.inputs import Outputs, References, align, grouped, read_references
 from crosslore_eval.metrics.base import Corpus, Statistics
 from crosslore_eval.protocols import Missing, Protocol
 from crosslore_eval.tasks.base import Task
@@ -69,10 +69,8 @@ def references_of(
     if file is not None:
         return read_references(file, task=task, count=len(outputs.predictions))
     if outputs.references is not None and data is None:
-        texts, inputs = outputs.references, outputs.inputs
-        if task.groups_rows and inputs is not None:
-            texts, inputs = group(texts, inputs)
-        return References(source=str(outputs.path), texts=texts, inputs=inputs)
+        inputs = outputs.inputs or outputs.prompts
+        return grouped(str(outputs.path), outputs.references, inputs, task=task)
     rows = load_rows(task, task.split(split), folder=data)
     examples = task.examples(rows)
     return References(

@@ -24,6 +24,13 @@ from crosslore_eval.metrics.accuracy import accuracy, read_answer, read_last_num
         ("#### \u20ac10", "10"),
         ("#### 12 apples", "12"),
         ("#### the answer\n#### 5", "5"),
+        ("#### **42**", "42"),
+        ("#### \\boxed{42}", "42"),
+        ("#### \\$42", "42"),
+        ("#### (5)", "5"),
+        ("#### ($5)", "5"),
+        ("#### 1{,}250", "1250"),
+        ("#### 1\u00a0000", "1000"),
     ],
 )
 def test_answer_is_the_number_after_the_mark(text: str, value: str) -> None:
@@ -33,7 +40,17 @@ def test_answer_is_the_number_after_the_mark(text: str, value: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "the answer is 18", "### 18", "####", "#### none", "#### 1.2.3", "#### __import__('os')", "#### \u0664"],
+    [
+        "",
+        "the answer is 18",
+        "### 18",
+        "####",
+        "#### none",
+        "#### 1.2.3",
+        "#### __import__('os')",
+        "#### \u0664",
+        "####\n\n42",
+    ],
 )
 def test_text_without_a_readable_answer_gives_none(text: str) -> None:
     assert read_answer(text) is None
@@ -55,6 +72,13 @@ def test_text_without_a_readable_answer_gives_none(text: str) -> None:
         ("The answer is **18**!", "18"),
         ("it is 3:30", "30"),
         ("50%", "50"),
+        ("\\boxed{1{,}250}", "1250"),
+        ("it is 1\\,250 m", "1250"),
+        ("1\u00a0250 dollars", "1250"),
+        ("about 1.5e3", "1500"),
+        ("2.5E-3", "0.0025"),
+        ("version 1.2.3 of 7", "7"),
+        ("**18**", "18"),
         ("3 apples\n#### 4\nQuestion: 9?", "4"),  # the mark goes before what a model writes after it
     ],
 )
@@ -62,7 +86,7 @@ def test_flexible_reading_takes_the_last_number(text: str, value: str) -> None:
     assert read_last_number(text) == Decimal(value)
 
 
-@pytest.mark.parametrize("text", ["", "no number here", "#### none", "..., -"])
+@pytest.mark.parametrize("text", ["", "no number here", "#### none", "..., -", "1.2.3", "#### 1.2.3", "3.14.15"])
 def test_flexible_reading_of_a_text_without_numbers_gives_none(text: str) -> None:
     assert read_last_number(text) is None
 

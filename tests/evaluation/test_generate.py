@@ -63,10 +63,11 @@ def test_generation_stops_at_any_end_token_of_model_or_tokenizer(
 
 
 def test_an_answer_of_the_most_tokens_is_marked(model: Any, tokenizer: Any, encoded: list[list[int]]) -> None:
-    for answer in answer_all(model, tokenizer, encoded, 4, max_new_tokens=2):
-        assert answer.tokens <= 2
-        assert answer.finish == ("length" if answer.tokens == 2 else "stop") or answer.finish == "stop"
-    assert any(answer.finish == "length" for answer in answer_all(model, tokenizer, encoded, 4, max_new_tokens=2))
+    whole = answer_all(model, tokenizer, encoded, 4, max_new_tokens=40)
+    cut = answer_all(model, tokenizer, encoded, 4, max_new_tokens=2)
+    assert [answer.tokens for answer in cut] == [min(2, answer.tokens) for answer in whole]
+    finishes = ["stop" if answer.finish == "stop" and answer.tokens <= 2 else "length" for answer in whole]
+    assert [answer.finish for answer in cut] == finishes and "length" in finishes
 
 
 def test_sampling_settings_of_the_model_do_not_reach_greedy_decoding(
@@ -74,14 +75,26 @@ def test_sampling_settings_of_the_model_do_not_reach_greedy_decoding(
 ) -> None:
     before = answer_all(model, tokenizer, encoded, 8)
     kept = model.generation_config
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0, no_repeat_ngram_size=1, num_beams=1,
-        eos_token_id=kept.eos_token_id,
-    )  # fmt: skip
-    try:
-        assert answer_all(model, tokenizer, encoded, 8) == before
-    finally:
-        model.generation_config = kept
+    assert before[0].tokens > 1
+    common = answer_tokens(tokenizer, before)
+    for own in (
+        {"do_sample": True, "temperature": 5.0, "top_k": 3, "repetition_penalty": 9.0, "no_repeat_ngram_size": 1},
+        {"suppress_tokens": common}, {"begin_suppress_tokens": common}, {"min_new_tokens": 12}, {"max_time": 1e-6},
+        {"stop_strings": ["e", "a"]}, {"forced_eos_token_id": 5}, {"encoder_repetition_penalty": 9.0},
+        {"bad_words_ids": [[token] for token in common]}, {"return_dict_in_generate": True, "output_scores": True},
+    ):  # fmt: skip
+        model.generation_config = transformers.GenerationConfig(**own, eos_token_id=kept.eos_token_id)
+        try:
+            assert answer_all(model, tokenizer, encoded, 8) == before, own
+        finally:
+            model.generation_config = kept
+
+
+def answer_tokens(tokenizer: Any, answers: list[Answer]) -> list[int]:
+    """Return the tokens that the answers have."""
+    return sorted(
+        {token for answer in answers for token in tokenizer(answer.text, add_special_tokens=False)["input_ids"]}
+    )
 
 
 def test_samples_repeat_with_the_seed_and_change_with_it(model: Any, tokenizer: Any, encoded: list[list[int]]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from crosslore_eval.errors import EvalError
-from crosslore_eval.inputs import Outputs, References, align, group, read_outputs, read_references
+from crosslore_eval.inputs import Outputs, References, align, grouped, read_outputs, read_references
 from crosslore_eval.tasks import find_task
 
 E2E, GSM8K = find_task("e2e"), find_task("gsm8k")
@@ -27,6 +27,10 @@ def outputs_of(*texts: str) -> Outputs:
 
 def references_of(*texts: list[str], inputs: list[str] | None = None) -> References:
     return References(source="refs.txt", texts=list(texts), inputs=inputs)
+
+
+def outputs_for(**predictions: str) -> Outputs:
+    return Outputs(path=Path("out.jsonl"), predictions=list(predictions.values()), inputs=list(predictions))
 
 
 # Outputs
@@ -198,12 +202,44 @@ def test_one_output_for_each_reference_keeps_the_first_of_each(caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         found, texts = align(outputs_of("x", "x", "y"), references_of(["r", "s"], ["t"]), task=E2E)
     assert (found, texts) == (["x", "y"], [["r", "s"], ["t"]])
-    assert "the first of each example is scored" in caplog.text and "differ" not in caplog.text
+    assert "the first of each of 2 examples is scored" in caplog.text and "differ" not in caplog.text
     caplog.clear()
     align(outputs_of("x", "other", "y"), references_of(["r", "s"], ["t"]), task=E2E)
     assert "in 1 of 2 examples these outputs differ" in caplog.text
 
 
 def test_grouping_keeps_the_order_of_first_appearance() -> None:
-    texts, inputs = group([["1"], ["2"], ["3"], ["4", "5"]], ["b", "a", "b", "a"])
-    assert (texts, inputs) == ([["1", "3"], ["2", "4", "5"]], ["b", "a"])
+    found = grouped("refs", [["1"], ["2"], ["3"], ["4", "5"]], ["b", "a", "b", "a"], task=E2E)
+    assert (found.texts, found.inputs, found.rows) == ([["1", "3"], ["2", "4", "5"]], ["b", "a"], [[0, 2], [1, 3]])
+    assert grouped("refs", [["1"], ["2"]], ["a", "a"], task=GSM8K).texts == [["1"], ["2"]]
+
+
+def test_rows_of_one_input_that_are_apart_find_their_outputs(caplog: pytest.LogCaptureFixture) -> None:
+    references = grouped("refs", [["r"], ["s"], ["t"], ["u"]], ["a", "b", "a", "b"], task=E2E)
+    found, texts = align(outputs_of("x", "y", "x", "y"), references, task=E2E)
+    assert (found, texts) == (["x", "y"], [["r", "t"], ["s", "u"]])
+    assert "differ" not in caplog.text
+
+
+def test_outputs_in_another_order_than_the_references_are_refused() -> None:
+    references = references_of(["#### 1"], ["#### 2"], inputs=["q1", "q2"])
+    with pytest.raises(EvalError, match="example 1 of out.jsonl answers 'q2', that of refs.txt is 'q1'"):
+        align(outputs_for(q2="#### 2", q1="#### 1"), references, task=GSM8K)
+    assert align(outputs_for(q1="#### 1", q2="#### 2"), references, task=GSM8K)[0] == ["#### 1", "#### 2"]
+
+
+def test_one_output_for_many_questions_is_not_one_example(tmp_path: Path) -> None:
+    path = write(tmp_path / "refs.txt", "#### 1\n#### 2\n#### 3\n")
+    references = read_references(path, task=GSM8K, count=1)
+    with pytest.raises(EvalError, match="has 1 outputs, .* has 3 examples: example 2"):
+        align(outputs_of("#### 1"), references, task=GSM8K)
+
+
+def test_a_single_reference_may_be_text(tmp_path: Path) -> None:
+    assert read_outputs(jsonl(tmp_path / "o.jsonl", [{"prediction": "x", "references": "r"}])).references == [["r"]]
+
+
+@pytest.mark.parametrize("row", ['{"prediction": "x", "n": ' + "9" * 5000 + "}", '{"prediction": ' + "[" * 100_000])
+def test_numbers_and_nesting_without_end_are_an_error_with_a_line(tmp_path: Path, row: str) -> None:
+    with pytest.raises(EvalError, match="line 1: expected one JSON object a line"):
+        read_outputs(write(tmp_path / "o.jsonl", row + "\n"))

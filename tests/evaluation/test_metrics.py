@@ -48,6 +48,7 @@ DEGENERATE: list[tuple[list[str], list[list[str]]]] = [
     (["\u996d\u5e97 \U0001f35c \u0645\u0631\u062d\u0628\u0627"], [["\u996d\u5e97"]]),
     (["a ||| b"], [["a ||| b ||| c"]]),
     (["x" * 5000], [["x y z"]]),
+    (["half a \ud83c character"], [["a whole one"]]),
 ]
 
 
@@ -155,6 +156,23 @@ def test_nist_agrees_with_a_sum_written_out_by_hand() -> None:
     # info(a b a) = log2(1/1). Output "a b": two unigrams, one bigram, 2 of 3 words: penalty 0.5.
     found = mteval.nist(mteval.MtevalCorpus(Corpus.of(["a b"], [["a b a"]])))
     assert found.value() == pytest.approx(0.5 * ((np.log2(1.5) + np.log2(3)) / 2 + np.log2(2) / 1))
+
+
+@pytest.mark.parametrize(
+    ("output", "reference", "recorded"),
+    [  # as the Perl script prints them: it undoes tags and entities before it lower-cases
+        ("<SKIPPED> the pub is nice and cheap", "<SKIPPED> the pub is nice and very cheap", (0.7956, 3.1700)),
+        ("Tom &AMP; Jerry serve food in town", "Tom &AMP; Jerry serve good food in town", (0.6690, 3.1700)),
+        (
+            "price &quot;low&quot; and &QUOT;high&QUOT; here now",
+            'price "low" and "high" here and now',
+            (0.2990, 1.9274),
+        ),
+    ],
+)
+def test_tags_and_entities_in_capitals_stay(output: str, reference: str, recorded: tuple[float, float]) -> None:
+    found = mteval.MtevalCorpus(Corpus.of([output], [[reference]]))
+    assert (mteval.bleu(found).value(), mteval.nist(found).value()) == pytest.approx(recorded, abs=5e-5)
 
 
 def test_lower_casing_leaves_letters_beyond_ascii_as_the_perl_script_does() -> None:

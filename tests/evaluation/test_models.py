@@ -119,12 +119,46 @@ def test_a_folder_without_a_model_names_those_below_it(tmp_path: Path) -> None:
     for name in ("checkpoint-30", "checkpoint-60"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(b"")
     with pytest.raises(EvalError, match="Did you mean one of its folders: checkpoint-30, checkpoint-60"):
         check_model(str(tmp_path))
 
 
+def test_an_adapter_with_padded_embeddings_loads(
+    model: Any, tokenizer: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    """LLaMA-Factory rounds the vocabulary up when it adds tokens, and saves the embeddings beside the adapter."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    base.resize_token_embeddings(len(tokenizer) + 7, pad_to_multiple_of=64)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    peft.get_peft_model(base, config).save_pretrained(tmp_path)
+    loaded, _ = load_model(tmp_path, device=torch.device("cpu"))
+    assert loaded.get_input_embeddings().num_embeddings % 64 == 0
+
+
+def test_a_torn_or_missing_file_gives_one_line(model_folder: Path, adapter_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    torn, bad, empty = tmp_path / "torn", tmp_path / "bad", tmp_path / "empty"
+    shutil.copytree(model_folder, torn)
+    weights = next(torn.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    shutil.copytree(adapter_folder, bad)
+    (bad / "adapter_config.json").write_text("{broken")
+    empty.mkdir()
+    shutil.copy(adapter_folder / "adapter_config.json", empty)
+    for folder, message in ((torn, "cannot load"), (bad, "must hold one JSON object"), (empty, "must hold weights")):
+        with pytest.raises(EvalError, match=message) as caught:
+            load_model(folder, device=torch.device("cpu"))
+        assert "\n" not in str(caught.value)
+
+
 def test_a_broken_model_gives_one_line(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(EvalError, match=f"cannot load {tmp_path}: ") as caught:
         load_model(tmp_path, device=torch.device("cpu"))
     assert "\n" not in str(caught.value)
@@ -136,6 +170,8 @@ def test_devices_and_dtypes_that_are_not_there_are_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(EvalError, match="--device cuda needs a CUDA device"):
             pick_device("cuda")
+    with pytest.raises(EvalError, match="--device meta does not work here"):
+        pick_device("meta")
     with pytest.raises(EvalError, match="--dtype must be one of auto, float32, bfloat16, float16, got int8"):
         pick_dtype("int8", torch.device("cpu"))
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32

@@ -180,6 +180,24 @@ def test_a_file_without_manifest_is_not_touched(run: Callable[..., Path], tmp_pa
     assert out.read_text() == "somebody's file\n"
 
 
+def test_another_device_or_dtype_never_mixes_with_a_file(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        with pytest.raises(Stopped):
+            run(tmp_path / "out.jsonl")
+    monkeypatch.setattr(engines, "pick_dtype", lambda name, device: "torch.bfloat16")  # as where there is a GPU
+    with pytest.raises(EvalError, match='computed_in was "cpu, float32", now "cpu, bfloat16"'):
+        run(tmp_path / "out.jsonl")
+
+
+def test_a_partial_file_without_manifest_is_named(run: Callable[..., Path], tmp_path: Path) -> None:
+    partial_path(tmp_path / "out.jsonl").write_text("somebody's\n")
+    with pytest.raises(EvalError, match="out.jsonl.partial is there without a readable manifest"):
+        run(tmp_path / "out.jsonl")
+
+
 def test_two_processes_cannot_write_one_file(run: Callable[..., Path], tmp_path: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
     with (tmp_path / "out.jsonl.lock").open("w") as file:
@@ -206,10 +224,12 @@ def test_more_new_tokens_than_the_context_are_refused(run: Callable[..., Path], 
         ({"batch_size": 0}, "--batch-size must be >= 1, got 0"),
         ({"max_prompt_tokens": 0}, "--max-prompt-tokens must be >= 1, got 0"),
         ({"decoding": Decoding(max_new_tokens=0)}, "--max-new-tokens must be >= 1, got 0"),
-        ({"decoding": Decoding(max_new_tokens=1, temperature=-1.0)}, "--temperature must be >= 0"),
+        ({"decoding": Decoding(max_new_tokens=1, temperature=-1.0)}, r"--temperature must be 0 \(greedy\) or in"),
+        ({"decoding": Decoding(max_new_tokens=1, temperature=1e-40)}, "--temperature must be"),
+        ({"decoding": Decoding(max_new_tokens=1, temperature=float("inf"))}, "--temperature must be"),
         ({"decoding": Decoding(max_new_tokens=1, top_p=0.0)}, r"--top-p must be in \(0, 1\], got 0.0"),
         ({"decoding": Decoding(max_new_tokens=1, top_k=-1)}, "--top-k must be >= 0"),
-        ({"decoding": Decoding(max_new_tokens=1, temperature=float("nan"))}, "--temperature must be >= 0"),
+        ({"decoding": Decoding(max_new_tokens=1, temperature=float("nan"))}, "--temperature must be"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: Settings, changes: dict[str, Any], message: str) -> None:

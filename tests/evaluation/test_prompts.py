@@ -41,25 +41,54 @@ def llamafactory_tokens(template: str, row: tuple[str, str], tokenizer: Any) -> 
     return list(prompt)
 
 
+@pytest.fixture(params=["byte-level", "prepend", "metaspace always", "metaspace first"])
+def any_tokenizer(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
+    """Tokenizers that treat the beginning of a text in different ways; LLaMA2's is of the second kind."""
+    import transformers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    if request.param == "byte-level":
+        return tokenizer
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    if request.param == "prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=request.param.split()[1])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special)
+    backend.train_from_iterator([f"{a} {b} Human Assistant INST Response Instruction" for a, b in ROWS] * 3, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("row", ROWS)
-def test_prompt_equals_what_llamafactory_trains_on(template: str, row: tuple[str, str], tokenizer: Any) -> None:
-    prompt = prompt_writer(template, tokenizer)(content_of(*row))
-    assert tokenizer(prompt, add_special_tokens=False)["input_ids"] == llamafactory_tokens(template, row, tokenizer)
+def test_prompt_equals_what_llamafactory_trains_on(template: str, row: tuple[str, str], any_tokenizer: Any) -> None:
+    tokens = prompt_writer(template, any_tokenizer).encode(content_of(*row))
+    assert tokens == llamafactory_tokens(template, row, any_tokenizer)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_the_default_uses_the_template_that_training_left_in_the_tokenizer(template: str, tokenizer: Any) -> None:
+def test_the_default_uses_the_template_that_training_left_in_the_tokenizer(template: str, any_tokenizer: Any) -> None:
     import copy
 
-    expected = llamafactory_tokens(template, ROWS[1], tokenizer)
+    expected = llamafactory_tokens(template, ROWS[1], any_tokenizer)
     from llamafactory.data.template import TEMPLATES as THEIRS
 
-    trained = copy.deepcopy(tokenizer)
+    trained = copy.deepcopy(any_tokenizer)
     trained.chat_template = None  # as base models have none
     THEIRS[template].fix_jinja_template(trained)  # what training calls
-    prompt = prompt_writer(MODEL_TEMPLATE, trained)(content_of(*ROWS[1]))
-    assert trained(prompt, add_special_tokens=False)["input_ids"] == expected
+    assert prompt_writer(MODEL_TEMPLATE, trained).encode(content_of(*ROWS[1])) == expected
+
+
+def test_an_unknown_chat_template_is_used_as_it_is(tokenizer: Any) -> None:
+    import copy
+
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{% for m in messages %}Q: {{ m['content'] }} A:{% endfor %}"
+    assert prompt_writer(MODEL_TEMPLATE, own)("two words") == "Q: two words A:"
+    assert own.decode(prompt_writer(MODEL_TEMPLATE, own).encode("two words")) == "Q: two words A:"
 
 
 def test_prompt_does_not_depend_on_what_the_content_looks_like(tokenizer: Any) -> None:
@@ -70,7 +99,7 @@ def test_a_tokenizer_without_chat_template_asks_for_a_name() -> None:
     class Bare:
         chat_template = None
 
-    with pytest.raises(EvalError, match="--template alpaca | chatml"):
+    with pytest.raises(EvalError, match=r"--template alpaca \| chatml"):
         prompt_writer(MODEL_TEMPLATE, Bare())
 
 

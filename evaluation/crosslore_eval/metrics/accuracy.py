@@ -13,13 +13,17 @@ from crosslore_eval.metrics.base import Statistics, mean_of, signature_of
 # openai/grade-school-math reads the first match of "#### (\-?[0-9\.\,]+)". We also allow a currency sign, a plus,
 # a unicode minus (U+2212), an en dash, and missing or repeated spaces.
 _MARKED = re.compile(
-    r"####\s*(?P<sign>[-+−–]?)\s*[$€£¥₹]?\s*(?P<inner_sign>[-+−–]?)\s*(?P<digits>[0-9.,]*[0-9][0-9.,]*)"
+    r"####[ \t]*(?P<sign>[-+−–]?)[ \t]*[$€£¥₹]?[ \t]*(?P<inner_sign>[-+−–]?)[ \t]*(?P<digits>[0-9.,]*[0-9][0-9.,]*)"
 )
 # A minus belongs to the number unless a digit, letter or bracket stands before it: "10-7" ends in 7.
 _NUMBER = re.compile(
     r"(?P<sign>(?<![0-9A-Za-z)\]])[-−–])?(?:[$€£¥₹](?P<inner_sign>[-−–])?)?"
-    r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?<![0-9.])(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?P<exponent>[eE][-+]?[0-9]{1,2}(?![0-9]))?(?!\.?[0-9])"
 )
+# Spaces and LaTeX between the thousands of a number, and what is put around one.
+_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,!;:]|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
+_AROUND = re.compile(r"\*\*|__|\\boxed\s*\{|\\text\s*\{|\\(?=\$)|(?<=####)[ \t]*\((?=[-−–$€£¥₹0-9])")
 _MINUS = frozenset("-−–")
 # Longer ones are no answers, and comparing them would cost time.
 MOST_DIGITS = 100
@@ -28,7 +32,7 @@ Reader = Callable[[str], Decimal | None]
 
 
 def read_answer(text: str) -> Decimal | None:
-    """Return the number after the first readable `####`, or None when there is none ("strict").
+    """Return the number after the first `####` that one follows, on its line, or None when there is none ("strict").
 
     Thousands commas and a trailing period are dropped, so "#### $1,250." is 1250.
 
@@ -37,7 +41,7 @@ def read_answer(text: str) -> Decimal | None:
 
     Source: GSM8K's official `extract_answer`. Differs from it: answers are numbers, not strings, so "5.0" equals "5".
     """
-    found = _MARKED.search(text)
+    found = _MARKED.search(_plain(text))
     return None if found is None else _value(found)
 
 
@@ -52,8 +56,13 @@ def read_last_number(text: str) -> Decimal | None:
     marked = read_answer(text)
     if marked is not None:
         return marked
-    found = list(_NUMBER.finditer(text))
+    found = list(_NUMBER.finditer(_plain(text)))
     return _value(found[-1]) if found else None
+
+
+def _plain(text: str) -> str:
+    """Return the text without the marks that LaTeX and Markdown put into and around numbers."""
+    return _AROUND.sub(" ", _THOUSANDS.sub(",", text))
 
 
 def _value(found: re.Match[str]) -> Decimal | None:
@@ -61,7 +70,8 @@ def _value(found: re.Match[str]) -> Decimal | None:
     if digits.count(".") > 1 or len(digits) > MOST_DIGITS:  # "1.2.3"
         return None
     is_negative = bool(_MINUS & {found["sign"], found["inner_sign"]})
-    return -Decimal(digits) if is_negative else Decimal(digits)
+    value = Decimal(digits + (found.groupdict().get("exponent") or ""))
+    return -value if is_negative else value
 
 
 def accuracy(

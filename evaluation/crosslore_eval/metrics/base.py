@@ -102,4 +102,5 @@ class Corpus:
 
 
 def _plain_spaces(text: str) -> str:
-    return " ".join(text.split())
+    # Lone surrogates, which JSON can hold, are no text that a file or a Java program could take.
+    return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())

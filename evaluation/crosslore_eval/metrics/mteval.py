@@ -7,9 +7,10 @@ formula, 6.51 where the Perl script says 8.61 on the outputs of the E2E challeng
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from math import log, log2
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,8 @@ NIST_ORDER = 5
 NIST_BETA = -log(0.5) / log(1.5) ** 2
 
 Ngram = tuple[str, ...]
+# SGML entities that the Perl script undoes, in its order.
+ENTITIES = {"&quot;": '"', "&amp;": "&", "&lt;": "<", "&gt;": ">"}
 # The Perl script lower-cases with tr/[A-Z]/[a-z]/: other letters keep their case.
 _LOWER = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 
@@ -48,15 +51,22 @@ class MtevalCorpus:
 
 def tokenise(text: str) -> tuple[str, ...]:
     """Return the tokens of mteval-v13a, lower-cased as it does."""
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+    text = text.replace("<skipped>", "")
+    for entity, character in ENTITIES.items():
+        text = text.replace(entity, character)
+    split: str = _splitter()(f" {text.translate(_LOWER)} ")
+    return tuple(word for word in split.split(" ") if word)
 
-    global _TOKENISER
-    if _TOKENISER is None:
-        _TOKENISER = Tokenizer13a()
-    return tuple(str(_TOKENISER(text.translate(_LOWER))).split())
 
+@cache
+def _splitter() -> Any:  # Any: sacreBLEU's own class
+    """Return the part of sacreBLEU's mteval-v13a tokeniser that splits words.
 
-_TOKENISER = None  # sacreBLEU's, made on first use
+    What that tokeniser does before is done above: the Perl script does it before it lower-cases, so that "&AMP;" stays.
+    """
+    from sacrebleu.tokenizers.tokenizer_re import TokenizerRegexp
+
+    return TokenizerRegexp()
 
 
 def ngrams(tokens: Sequence[str]) -> Counter[Ngram]:

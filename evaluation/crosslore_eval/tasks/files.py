@@ -46,7 +46,7 @@ def read_jsonl(text: str, *, path: Path) -> Iterator[Located]:
         place = f"{path}, line {number}"
         try:
             fields = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: expected one JSON object a line, got: {error}. {ADVICE}") from error
         if not isinstance(fields, dict):
             raise DataError(f"{place}: expected a JSON object with named fields, got {shown(fields)}. {ADVICE}")
@@ -57,7 +57,7 @@ def read_json(text: str, *, path: Path) -> Iterator[Located]:
     """Yield the objects of a text that is one JSON array."""
     try:
         rows = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected a JSON array of objects, got: {error}. {ADVICE}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a JSON array of objects, got {shown(rows)}. {ADVICE}")

@@ -114,7 +114,10 @@ def test_pictures_are_written(command: str, gsm8k: Any, tmp_path: Path) -> None:
         (["score", "gsm8k", "--predictions", "A", "--confidence", "-1"], "--confidence must be a number of bootstrap"),
         (["score", "gsm8k", "--predictions", "A", "--plot", "x.gif"], "--plot must end in one of .png, .svg, .pdf"),
         (["score", "gsm8k", "--predictions", "A", "--split", "dev"], "unknown split of gsm8k 'dev'"),
-        (["compare", "gsm8k", "A", "B", "--samples", "0"], "--samples must be a number of bootstrap samples in [1, 1000000], got 0"),
+        (
+            ["compare", "gsm8k", "A", "B", "--samples", "0"],
+            "--samples must be a number of bootstrap samples in [1, 1000000], got 0",
+        ),
         (["predict", "e2e", "--model", "missing/x/y", "--out", "o"], "--model must be a folder or a name on the hub"),
         (["predict", "e2e", "--model", "M", "--out", "o", "--limit", "0"], "--limit must be in [1, 5] for e2e, got 0"),
         (["predict", "e2e", "--model", "M", "--out", "o", "--top-p", "2"], "--top-p must be in (0, 1], got 2.0"),

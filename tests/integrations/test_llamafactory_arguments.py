@@ -102,7 +102,11 @@ REFUSED = [
     ({"crosslore_fit_window": 0}, "crosslore_fit_window must be an integer >= 1, got 0"),
     ({"crosslore_moments": "turn"}, "unknown crosslore_moments 'turn'"),
     ({"crosslore_gradients": "layerwise", "fp16": True}, "fp16 must be false with crosslore_gradients 'layerwise'"),
-    ({"crosslore_weights": "deferred"}, "crosslore_weights must be 'direct' in this version"),
+    ({"crosslore_weights": "late"}, "unknown crosslore_weights 'late'"),
+    (
+        {"crosslore_weights": "deferred", "crosslore_gradients": "full"},
+        "crosslore_weights 'deferred' is for crosslore_gradients 'compact'",
+    ),
     ({"lora_rank": 4}, "options of other methods: lora_rank=4"),
     ({"lora_rank": 8, "lora_target": "all"}, "options of other methods: lora_rank=8, lora_target='all'"),
     ({"use_galore": True}, "options of other methods: use_galore=True"),

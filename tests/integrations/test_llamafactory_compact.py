@@ -69,6 +69,28 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(config: dict, tmp_path:
     assert len(state["state"]) == sum(len(group["params"]) for group in state["param_groups"])
 
 
+def test_deferred_weights_train_and_are_saved_whole(config: dict, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    options = {"crosslore_gradients": "compact", "max_steps": 4, "crosslore_moments": "rotate", "learning_rate": 1e-2}
+    logs, models = [], []
+    for weights in ("direct", "deferred"):
+        logs.append(train(config, tmp_path / weights, crosslore_weights=weights, **options))
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / weights, dtype=torch.float32))
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        assert float((a - b).norm()) <= 1e-3 * float(a.norm())
+
+
+def test_an_interrupted_deferred_run_goes_on_with_the_same_losses(config: dict, tmp_path: Path) -> None:
+    options = {"crosslore_weights": "deferred", "max_steps": 6, "save_steps": 3}
+    whole = train(config, tmp_path / "whole", **options)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    again = train(config, tmp_path / "again", **options)
+    assert [entry["loss"] for entry in again] == [entry["loss"] for entry in whole]
+
+
 def test_max_grad_norm_limits_the_global_norm(config: dict, tmp_path: Path) -> None:
     options = {"crosslore_gradients": "compact", "optim": "sgd", "max_steps": 3, "learning_rate": 1e-2}
     free, clipped = (train(config, tmp_path / str(norm), max_grad_norm=norm, **options) for norm in (0.0, 1e-3))

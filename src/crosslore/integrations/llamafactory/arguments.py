@@ -9,6 +9,7 @@ from typing import Any, Literal
 from llamafactory.hparams import finetuning_args as upstream
 
 from crosslore.checks import check_choice
+from crosslore.compact.attach import WEIGHTS
 from crosslore.config import ALL_LINEAR, LowRankConfig
 from crosslore.presets import get_preset
 
@@ -34,8 +35,6 @@ CONFIG_FIELDS = {
     "crosslore_stochastic_rounding": "stochastic_rounding",
     "crosslore_seed": "seed",
 }
-# Values of fields whose other values are not built yet.
-ONLY = {"crosslore_weights": ("direct",)}
 # How gradients come: "auto" is compact where that is possible, else full.
 GRADIENTS = ("auto", "compact", "full", "layerwise")
 # Options of other methods, which this type refuses.
@@ -86,7 +85,10 @@ class CrossLoreArguments:
     crosslore_clip: str = field(
         default="weight", metadata={"help": "CrossLore: layerwise: max_grad_norm is for each weight, or stale-global."}
     )
-    crosslore_weights: str = field(default="direct", metadata={"help": "CrossLore: direct; no other value yet."})
+    crosslore_weights: str = field(
+        default="direct",
+        metadata={"help": "CrossLore: direct, or deferred (updates stay compact beside the weight until a refresh)."},
+    )
     crosslore_stochastic_rounding: bool | None = _option("round bf16 weights at random, so that small steps count.")
     crosslore_seed: int | None = field(
         default=None, metadata={"help": "CrossLore: seed of heads and sketches. Default: the training seed."}
@@ -113,13 +115,13 @@ class CrossLoreFinetuningArguments(CrossLoreArguments, upstream.FinetuningArgume
         """Check our fields and hand the rest to LLaMA-Factory as `full`."""
         if self.finetuning_type == "crosslore" or self.use_crosslore:
             self.use_crosslore, self.finetuning_type = True, "full"
-            for name, values in ONLY.items():
-                if getattr(self, name) not in values:
-                    allowed = " or ".join(map(repr, values))
-                    raise ValueError(
-                        f"{name} must be {allowed} in this version, got {getattr(self, name)!r}. Leave it out."
-                    )
             check_choice("crosslore_gradients", self.crosslore_gradients, GRADIENTS)
+            check_choice("crosslore_weights", self.crosslore_weights, WEIGHTS)
+            if self.crosslore_weights == "deferred" and self.crosslore_gradients in ("full", "layerwise"):
+                raise ValueError(
+                    "crosslore_weights 'deferred' is for crosslore_gradients 'compact' (or 'auto'), got "
+                    f"{self.crosslore_gradients!r}. Leave one of them out."
+                )
             check_choice("crosslore_clip", self.crosslore_clip, ("weight", "stale-global"))
             self.crosslore_overrides(training_seed=0)
         super().__post_init__()

@@ -1,9 +1,11 @@
 """Compact gradients on models of every kind: what is compact, what stays whole, what is refused."""
 
 import copy
+import gc
 import io
 import logging
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -276,6 +278,36 @@ def test_detaching_goes_back_to_whole_gradients() -> None:
     assert compact_names(model) == set() and optimizer.compact is None
     loss_of(model, 0).backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_gradients_of_other_tensors_hand_nothing_over() -> None:
+    layer = nn.Linear(16, 16)
+    optimizer = create_optimizer(nn.Sequential(layer), "crosslore_plus", lr=1e-3, rank=4, gradients="compact")
+    x = torch.randn(3, 16, requires_grad=True)
+    before = layer.weight.detach().clone()
+    (found,) = torch.autograd.grad(layer(x).sum(), x)
+    torch.testing.assert_close(found, layer.weight.detach().sum(0).expand(3, -1))
+    layer(x).sum().backward(inputs=[x])
+    (asked,) = torch.autograd.grad(layer(x).sum(), layer.weight)
+    torch.testing.assert_close(asked, x.detach().sum(0).expand(16, -1))
+    optimizer.step()
+    assert torch.equal(layer.weight, before) and layer.weight.grad is None
+
+
+@pytest.mark.parametrize("weights", ["direct", "deferred"])
+def test_model_and_optimizer_can_be_freed(weights: str) -> None:
+    model = llama()
+    optimizer = create_optimizer(model, "crosslore", **OPTIONS, gradients="compact", weights=weights)
+    train(optimizer, model, range(3))
+    weight = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    del optimizer
+    gc.collect()
+    loss_of(model, 0).backward()  # nobody takes R any more: an ordinary gradient
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+    create_optimizer(model, "crosslore", **OPTIONS, gradients="compact")
+    del model
+    gc.collect()
+    assert weight() is None
 
 
 # Refused by name

@@ -8,6 +8,7 @@ P changes, and before anything that reads the weight: `state_dict`, copies, pick
 """
 
 from dataclasses import replace
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class DeferredWeight:
 
     def __init__(self, weight: Tensor, layout: MatrixLayout) -> None:
         """Start with nothing pending; no tensor is held before the first step."""
-        self.weight, self.layout = weight, layout
+        # Weakly: the weight must be able to go with its model.
+        self._weight, self.layout = ref(weight), layout
         self.basis: Tensor | None = None
         # B, compact, fp32 or fp64; and c.
         self.low: Tensor | None = None
@@ -38,6 +40,13 @@ class DeferredWeight:
         self.version = 0
         self._hp: Hyper | None = None
         self._name, self._t = "", 0
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, which is there as long as anybody can ask."""
+        weight = self._weight()
+        assert weight is not None
+        return weight
 
     @property
     def is_pending(self) -> bool:

@@ -1,7 +1,8 @@
 """A linear layer whose backward hands D and X to whoever asked for them, instead of forming the weight's gradient."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,16 @@ from crosslore.compact.factors import GradientFactors
 
 # Takes a weight and the factors of its gradient.
 Sink = Callable[[Tensor, GradientFactors], None]
-# Weight -> its sink. A copied or reloaded model has other weights, and its layers are ordinary ones.
+# Weight -> a weak reference to its sink, so that neither keeps the other alive. A copied or reloaded model has other
+# weights, and its layers are ordinary ones; so are those of a model whose optimizer is gone.
 _SINKS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def sink_of(weight: Tensor) -> Sink | None:
+    """Return who takes the gradient of a weight in factors, None if nobody does."""
+    held = _SINKS.get(weight)
+    sink: Sink | None = None if held is None else held()
+    return sink
 
 
 class CompactFunction(torch.autograd.Function):
@@ -35,8 +44,8 @@ class CompactFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        """Return the gradients of x and b; that of the weight goes to its sink in factors."""
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of x and b; that of the weight goes to its sink in factors, or to who asks for it."""
         x, weight = ctx.saved_tensors
         wants_x, _, wants_bias = ctx.needs_input_grad
         grad_x = None
@@ -51,10 +60,22 @@ class CompactFunction(torch.autograd.Function):
                 grad_x = ctx.deferred.add_grad_input(grad_x, grad_output)
             grad_x = grad_x.to(x.dtype)
         grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if wants_bias else None
-        sink = _SINKS.get(ctx.owner)
-        if sink is not None:
-            sink(ctx.owner, GradientFactors.of(grad_output, x))
-        return grad_x, None, grad_bias
+        sink, asker = sink_of(ctx.owner), who_asks(ctx.owner)
+        factors = GradientFactors.of(grad_output, x)
+        if asker == "backward" and sink is not None:
+            sink(ctx.owner, factors)
+            return grad_x, None, grad_bias
+        return grad_x, factors.dense().to(weight.dtype) if asker else None, grad_bias
+
+
+def who_asks(weight: Tensor) -> Literal["backward", "grad", None]:
+    """Return what wants a weight's gradient: `loss.backward()`, `torch.autograd.grad`, or nothing."""
+    node = torch.autograd.graph.get_gradient_edge(weight).node
+    try:
+        # As torch's own register_multi_grad_hook asks.
+        return "backward" if torch._C._will_engine_execute_node(node) else None
+    except RuntimeError:  # its answer for a leaf that torch.autograd.grad is to return
+        return "grad"
 
 
 def pending_of(weight: Tensor) -> DeferredWeight | None:
@@ -79,7 +100,7 @@ class CompactLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b."""
-        if torch.is_grad_enabled() and self.weight.requires_grad and self.weight in _SINKS:
+        if torch.is_grad_enabled() and self.weight.requires_grad and sink_of(self.weight):
             y: Tensor = _compact_forward(x, self.weight, self.bias)
             return y
         return output(x, self.weight, self.bias, pending_of(self.weight))
@@ -126,13 +147,13 @@ def reason_not_compact(module: nn.Module) -> str | None:
 def hand_over(module: nn.Linear, sink: Sink) -> None:
     """Let a layer's backward hand the factors of its weight's gradient to `sink`."""
     module.__class__ = CompactLinear
-    _SINKS[module.weight] = sink
+    _SINKS[module.weight] = WeakMethod(sink)
 
 
 def refuse_other_compact(weights: Iterable[Tensor]) -> None:
     """Raise a ValueError if one of the weights hands its gradient to an optimizer already."""
     for weight in weights:
-        if weight in _SINKS:
+        if sink_of(weight) is not None:
             raise ValueError(
                 f"a weight of shape {tuple(weight.shape)} hands its gradient to another optimizer already. Call that "
                 "one's `compact.detach()` first, or load the model anew."

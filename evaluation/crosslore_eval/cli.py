@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         again = " Run it again: it goes on where it was." if args.command in ("predict", "run") else ""
+        if again and args.overwrite:
+            again = " Run it again without --overwrite: it goes on where it was."
         print(f"\ninterrupted.{again}", file=sys.stderr)
         return 130
     return 0

@@ -77,13 +77,25 @@ def check_same(out: Path, wanted: Mapping[str, object]) -> None:
             f"{found} is there without a readable manifest ({manifest_path(out).name}). Choose another --out, or "
             "replace it with --overwrite."
         )
-    differing = [name for name, value in wanted.items() if held.get(name) != value]
-    if differing:
-        name = differing[0]
+    before, now = _flat(held), _flat(wanted)
+    changes = [
+        f"{name} was {_short(before.get(name))}, now {_short(value)}"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+    if changes:
         raise EvalError(
-            f"{out} was made with other settings: {', '.join(differing)} ({name} was {_short(held.get(name))}, now "
-            f"{_short(wanted[name])}). Choose another --out, give the same settings, or replace it with --overwrite."
+            f"{out} was made with other settings: {'; '.join(changes)}. Choose another --out, give the same settings, "
+            "or replace it with --overwrite."
         )
+
+
+def _flat(fields: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return nested settings under dotted names."""
+    flat: dict[str, object] = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _short(value: object) -> str:

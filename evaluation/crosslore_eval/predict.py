@@ -84,7 +84,7 @@ def predict(task: Task, examples: Sequence[Example], settings: Settings, out: Pa
         examples: to answer.
         settings: of model, prompt and decoding; written to `<out>.manifest.json`.
         out: .jsonl file.
-        overwrite: start anew whatever is there.
+        overwrite: start anew whatever is there; a finished file is replaced when the new one is whole.
 
     Raises:
         EvalError: if `out` or its partial file was made with other settings.
@@ -96,15 +96,14 @@ def predict(task: Task, examples: Sequence[Example], settings: Settings, out: Pa
     identity = _identity(task, examples, settings)
     partial = manifests.partial_path(out)
     with _only_writer(out):
-        if overwrite:
-            for path in (out, partial, manifests.manifest_path(out)):
-                path.unlink(missing_ok=True)
-        if out.is_file():
+        if overwrite:  # the old file stays until the new one is whole; a partial file says that this is under way
+            partial.write_bytes(b"")
+            manifests.write_manifest(out, {**identity, "model": settings.model})
+        elif out.is_file() and not partial.is_file():
             manifests.check_same(out, identity)
-            partial.unlink(missing_ok=True)
             logger.warning("%s is finished already: nothing generated (--overwrite starts anew)", out)
             return out
-        if partial.is_file():
+        elif partial.is_file():
             manifests.check_same(out, identity)
         else:
             manifests.write_manifest(out, {**identity, "model": settings.model})
@@ -187,6 +186,13 @@ def _generate(
             os.fsync(file.fileno())
     lines = sorted(_read_lines(partial), key=lambda line: int(str(line["index"])))
     summary = _summary(lines, prompts, engine)
+    if summary["cut_at_max_new_tokens"]:
+        logger.warning(
+            "%s of %d outputs were cut at --max-new-tokens %d",
+            summary["cut_at_max_new_tokens"],
+            len(lines),
+            settings.decoding.max_new_tokens,
+        )
     manifests.write_manifest(out, {**identity, "model": settings.model, "summary": summary})
     manifests.write_atomically(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     partial.unlink()

@@ -34,7 +34,7 @@ class Protocol:
 
 def _meteor(corpus: coco.CocoCorpus) -> Statistics | Missing:
     if not corpus.has_java:
-        return Missing(name="METEOR", reason=f"METEOR needs Java, and no `java` was found. {INSTALL_JAVA}")
+        return Missing(name="METEOR", reason=f"METEOR needs Java, and no `java` that runs was found. {INSTALL_JAVA}")
     try:
         return coco.coco_meteor(corpus)
     except JavaError as error:

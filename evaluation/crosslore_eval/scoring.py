@@ -106,6 +106,22 @@ def _score(result: Statistics | Missing, protocol: Protocol, samples: int) -> Sc
     return Score(name=result.name, value=result.value(), signature=signature, interval=interval)
 
 
+def _check_same_references(a: Corpus, b: Corpus) -> None:
+    if len(a.references) != len(b.references):
+        raise EvalError(
+            f"the two systems must answer the same examples, got {len(a.references)} outputs in A and "
+            f"{len(b.references)} in B. Predict both with the same --limit and --split."
+        )
+    pairs = enumerate(zip(a.plain.references, b.plain.references, strict=True), start=1)
+    first = next(((number, one, other) for number, (one, other) in pairs if one != other), None)
+    if first is not None:
+        number, one, other = first
+        raise EvalError(
+            f"the two systems must have the same references in the same order; example {number} is the first with "
+            f"others: {one[0][:60]!r} in A, {other[0][:60]!r} in B. Give --references FILE if their own are not right."
+        )
+
+
 def compare_corpora(
     protocol: Protocol, a: Corpus, b: Corpus, *, samples: int
 ) -> dict[str, bootstrap.Difference | Missing]:
@@ -114,8 +130,7 @@ def compare_corpora(
     Raises:
         EvalError: if the two do not have the same references in the same order.
     """
-    if a.references != b.references:
-        raise EvalError("the two systems must have the same references in the same order. Give --references FILE.")
+    _check_same_references(a, b)
     found: dict[str, bootstrap.Difference | Missing] = {}
     for one, other in zip(protocol.score(a), protocol.score(b), strict=True):
         match one, other:

@@ -89,7 +89,29 @@ def test_compare_needs_the_same_references(tmp_path: Path, capsys: Any) -> None:
             json.dumps({"prediction": "x", "references": [f"#### {answer}"]}) + "\n"
         )
     assert run("compare", "gsm8k", "a.jsonl", "b.jsonl") == 2
-    assert "must have the same references in the same order" in capsys.readouterr().err
+    assert "must have the same references in the same order; example 1" in capsys.readouterr().err
+    (tmp_path / "c.jsonl").write_text((tmp_path / "a.jsonl").read_text() * 2)
+    assert run("compare", "gsm8k", "a.jsonl", "c.jsonl") == 2
+    assert "got 1 outputs in A and 2 in B" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "answer", "strict", "flexible"),
+    [
+        ("####\n42", 42, 0, 100),  # on its line, as the official reading has it
+        ("####\n2 apples and 3 more\n#### 5", 5, 100, 100),
+        ("#### \n\n1. First add 3 and 4.\nAnswer: 7", 7, 0, 100),
+        ("#### 1\u00a0000", 1000, 100, 100),
+    ],
+)
+def test_answers_are_read_from_the_output_as_it_is(
+    output: str, answer: int, strict: float, flexible: float, tmp_path: Path, capsys: Any
+) -> None:
+    row = {"prediction": output, "references": [f"#### {answer}"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    assert run("score", "gsm8k", "--predictions", "a.jsonl", "--json") == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert scores["accuracy_strict"]["value"] == strict and scores["accuracy_flexible"]["value"] == flexible
 
 
 @pytest.mark.parametrize("command", ["score", "compare"])

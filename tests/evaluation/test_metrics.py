@@ -100,7 +100,23 @@ def test_identical_outputs_reach_the_highest_score(monkeypatch: pytest.MonkeyPat
 
 def test_white_space_of_any_kind_counts_as_one_space() -> None:
     spaced = Corpus.of(["a\u2028b\tc\x0c d"], [["a  b c\nd"]])
-    assert spaced == Corpus(("a b c d",), (("a b c d",),))
+    assert spaced.plain == Corpus(("a b c d",), (("a b c d",),))
+
+
+def test_llama_factory_scores_the_texts_as_they_are() -> None:
+    """Its `ComputeSimilarity` counts line breaks as characters: its formula, on the raw texts."""
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    output, reference = "Two lines\nof a summary.", "Two lines of\na summary.\n"
+    expected = sentence_bleu([list(reference)], list(output), smoothing_function=SmoothingFunction().method3)
+    bleu = next(one for one in llamafactory.similarity(Corpus.of([output], [[reference]])) if one.name == "BLEU")
+    assert bleu.value() == pytest.approx(100 * expected, abs=1e-4)
+    joined = sentence_bleu(
+        [list(" ".join(reference.split()))],
+        list(" ".join(output.split())),
+        smoothing_function=SmoothingFunction().method3,
+    )
+    assert abs(expected - joined) > 1e-3  # so this test can fail
 
 
 @pytest.mark.parametrize(
@@ -202,6 +218,17 @@ def test_meteor_takes_the_best_reference() -> None:
 
 def test_meteor_separator_inside_a_text_cannot_shift_the_request() -> None:
     assert meteor.request("a ||| b", ["c ||| d"]) == "SCORE ||| c   d ||| a   b"
+
+
+def test_a_java_that_only_says_where_to_get_java_counts_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    stub = tmp_path / "bin" / "java"
+    stub.parent.mkdir()
+    stub.write_text("#!/bin/sh\nexit 1\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    results = {result.name: result for result in E2E_OFFICIAL.score(Corpus.of(["a pub"], [["a nice pub"]]))}
+    assert isinstance(results.pop("METEOR"), Missing)
+    assert all(isinstance(result, Statistics) for result in results.values()) and len(results) == 4
 
 
 def test_a_java_that_fails_gives_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -136,11 +136,31 @@ def test_a_finished_file_is_kept_and_overwrite_starts_anew(
     assert out.read_bytes() == before
 
 
+def test_an_interrupted_overwrite_keeps_the_old_file_and_goes_on_without_the_option(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run(tmp_path / "out.jsonl")
+    before, whole = out.read_bytes(), engines.TransformersEngine.answers
+    changes = {"decoding": Decoding(max_new_tokens=3)}
+
+    def stopped(self: Any, *args: Any) -> Iterator[Any]:
+        yield next(iter(whole(self, *args)))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engines.TransformersEngine, "answers", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, overwrite=True, **changes)
+    assert out.read_bytes() == before
+    run(out, **changes)
+    assert out.read_bytes() == run(tmp_path / "other.jsonl", **changes).read_bytes() != before
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"template": "chatml"}, 'settings was {"decoding"'),
-        ({"decoding": Decoding(max_new_tokens=9)}, "settings"),
+        ({"template": "chatml"}, 'settings.template was "model", now "chatml"'),
+        ({"decoding": Decoding(max_new_tokens=9)}, r"settings.decoding.max_new_tokens was \d+, now 9"),
         ({"instruction": "Other."}, "examples_sha256"),
     ],
 )

@@ -61,7 +61,7 @@ def signature_of(name: str, **settings: object) -> str:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Outputs and their references, one-to-one and with white space made plain."""
+    """Outputs and their references, one-to-one, as they are; `plain` for metrics that read words only."""
 
     predictions: tuple[str, ...]
     # at least one each
@@ -69,7 +69,7 @@ class Corpus:
 
     @classmethod
     def of(cls, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> "Corpus":
-        """Return checked texts whose runs of white space, line breaks of any kind included, are single spaces.
+        """Return checked texts.
 
         Raises:
             EvalError: if the lengths differ or are 0, or an example has no reference.
@@ -82,8 +82,14 @@ class Corpus:
         for number, texts in enumerate(references, start=1):
             if isinstance(texts, str) or not texts:
                 raise EvalError(f"references of example {number} must be a list of at least one text, got {texts!r}.")
-        return cls(
-            tuple(map(_plain_spaces, predictions)), tuple(tuple(map(_plain_spaces, texts)) for texts in references)
+        return cls(tuple(map(_encodable, predictions)), tuple(tuple(map(_encodable, texts)) for texts in references))
+
+    @cached_property
+    def plain(self) -> "Corpus":
+        """The same texts with runs of white space, line breaks of any kind included, as single spaces."""
+        return Corpus(
+            tuple(map(_plain_spaces, self.predictions)),
+            tuple(tuple(map(_plain_spaces, texts)) for texts in self.references),
         )
 
     @property
@@ -101,6 +107,10 @@ class Corpus:
         return Corpus(tuple(self.predictions[index] for index in groups), references), groups
 
 
-def _plain_spaces(text: str) -> str:
+def _encodable(text: str) -> str:
     # Lone surrogates, which JSON can hold, are no text that a file or a Java program could take.
-    return " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _plain_spaces(text: str) -> str:
+    return " ".join(text.split())

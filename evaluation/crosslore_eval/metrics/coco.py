@@ -6,7 +6,7 @@ from functools import cached_property
 from importlib.metadata import version
 
 from crosslore_eval.metrics.base import Corpus, Statistics, mean_of, signature_of
-from crosslore_eval.metrics.java import find_java, ptb_tokenise, punctuation
+from crosslore_eval.metrics.java import java_runs, ptb_tokenise, punctuation
 from crosslore_eval.metrics.meteor import meteor
 
 
@@ -19,8 +19,9 @@ class CocoCorpus:
 
     def __init__(self, corpus: Corpus) -> None:
         """Tokenise all texts in one run of the tokeniser."""
+        corpus = corpus.plain
         self.reference_counts = corpus.reference_counts
-        self.has_java = find_java() is not None
+        self.has_java = java_runs()
         texts = [*corpus.predictions, *(text for texts in corpus.references for text in texts)]
         tokens = iter(ptb_tokenise(texts) if self.has_java else nltk_tokenise(texts))
         self.predictions = [next(tokens) for _ in corpus.predictions]

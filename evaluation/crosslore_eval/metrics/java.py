@@ -31,6 +31,18 @@ def find_java() -> str | None:
     return next((found for name in [*candidates, "java"] if (found := shutil.which(name))), None)
 
 
+@cache
+def _starts(java: str) -> bool:
+    done = subprocess.run([java, "-version"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def java_runs() -> bool:
+    """Return whether there is a `java` that starts; some systems have one that only says where to get Java."""
+    java = find_java()
+    return java is not None and _starts(java)
+
+
 def _jar(folder: str, name: str) -> Path:
     """Return the path of a jar of pycocoevalcap."""
     package = find_spec("pycocoevalcap")
@@ -55,7 +67,9 @@ def _run(arguments: Sequence[str], text: str, *, program: str) -> str:
         )
     if done.returncode != 0:
         reason = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise JavaError(f"{program} failed (exit {done.returncode}): {reason[0] if reason else 'no message'}.")
+        raise JavaError(
+            f"{program} failed (exit {done.returncode}): {reason[0].rstrip('.') if reason else 'no message'}."
+        )
     return done.stdout.decode("utf-8")
 
 

@@ -33,6 +33,7 @@ class MtevalCorpus:
 
     def __init__(self, corpus: Corpus) -> None:
         """Tokenise all texts; equal ones once."""
+        corpus = corpus.plain
         self.reference_counts = corpus.reference_counts
         self.predictions = [tokenise(text) for text in corpus.predictions]
         self.references = [[tokenise(text) for text in texts] for texts in corpus.references]

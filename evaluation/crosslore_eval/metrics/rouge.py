@@ -17,7 +17,7 @@ def rouge(corpus: Corpus) -> list[Statistics]:
     scorer = RougeScorer(list(TYPES.values()), use_stemmer=True)
     results = [
         scorer.score_multi(list(references), prediction)
-        for prediction, references in zip(corpus.predictions, corpus.references, strict=True)
+        for prediction, references in zip(corpus.plain.predictions, corpus.plain.references, strict=True)
     ]
     return [
         mean_of(

@@ -24,6 +24,10 @@ class Value:
     # standard deviation over seeds
     std: Decimal | None = None
     seeds: int | None = None
+    # bounds of a 95 % interval
+    interval: tuple[Decimal, Decimal] | None = None
+    # after the number: "1 out of memory"
+    note: str = ""
     # in place of a number: "cosine", "out of memory", "not run"
     text: str = ""
     # with a sign in front, for differences
@@ -123,26 +127,37 @@ def _markdown(grid: Grid) -> str:
     rows.append(["---"] * (len(grid.labels) + 1) + ["---:"] * len(heads))
     seeds = _common_seeds(grid)
     for line in grid.lines:
-        values = [_in_words(value, seeds_said=seeds is not None) for value in line.values]
+        values = [in_words(value, seeds_said=seeds is not None) for value in line.values]
         rows.append([*line.labels, line.source, *values])
     body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     return f"**{grid.name}.** {grid.caption} {_source_note(grid, seeds)}\n\n{body}\n"
 
 
+# What CSV has in columns of their own where an entry of the column has it.
+_EXTRAS: dict[str, Callable[[Value], object]] = {
+    "std": lambda value: value.std,
+    "seeds": lambda value: value.seeds,
+    "low": lambda value: value.interval and value.interval[0],
+    "high": lambda value: value.interval and value.interval[1],
+    "note": lambda value: value.note or None,
+}
+
+
 def _csv(grid: Grid) -> str:
     columns = list(zip(*(line.values for line in grid.lines), strict=True)) or [()] * len(grid.heads)
-    has_std = [any(value and value.std is not None for value in column) for column in columns]
-    has_seeds = [any(value and value.seeds is not None for value in column) for column in columns]
+    extras = [
+        [name for name, of in _EXTRAS.items() if any(value and of(value) is not None for value in column)]
+        for column in columns
+    ]
     header, rows = ["table", *grid.labels, "source"], []
-    for head, std, seeds in zip(grid.heads, has_std, has_seeds, strict=True):
-        name = f"{head.group} {head.text}".strip()
-        header += [name, *([f"{name} std"] if std else []), *([f"{name} seeds"] if seeds else [])]
+    for head, names in zip(grid.heads, extras, strict=True):
+        title = f"{head.group} {head.text}".strip()
+        header += [title, *(f"{title} {name}" for name in names)]
     for line in grid.lines:
         row = [grid.name, *line.labels, line.source]
-        for value, std, seeds in zip(line.values, has_std, has_seeds, strict=True):
-            row.append(_ascii_dash(value))
-            row += [_or_empty(value.std if value else None)] if std else []
-            row += [_or_empty(value.seeds if value else None)] if seeds else []
+        for value, names in zip(line.values, extras, strict=True):
+            found = [_EXTRAS[name](value) if value else None for name in names]
+            row += [_ascii_dash(value), *("" if entry is None else str(entry) for entry in found)]
         rows.append(row)
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([header, *rows])
@@ -159,7 +174,7 @@ def _latex(grid: Grid) -> str:
     heads = [_tex(f"{head.text} {head.arrow}".strip()) for head in grid.heads]
     lines += [_latex_row([*(_tex(label) for label in grid.labels), "source", *heads]), r"\midrule"]
     for line in grid.lines:
-        values = [_tex(_in_words(value, seeds_said=seeds is not None)) for value in line.values]
+        values = [_tex(in_words(value, seeds_said=seeds is not None)) for value in line.values]
         lines.append(_latex_row([*(_tex(label) for label in line.labels), _tex(line.source), *values]))
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
@@ -196,13 +211,23 @@ def _tex(text: str) -> str:
     return "".join(_TEX.get(letter, letter) for letter in text)
 
 
-def _in_words(value: Value | None, *, seeds_said: bool) -> str:
+def in_words(value: Value | None, *, seeds_said: bool = False) -> str:
+    """Return an entry as a text: "34.65 ± 0.42 [33.10, 36.20] (n = 2, 1 failed)".
+
+    Args:
+        value: the entry, None for a dash.
+        seeds_said: whether the number of seeds stands elsewhere.
+    """
     if value is None:
         return DASH
     text = value.printed
     if value.number is not None and value.std is not None:
         text += f" ± {value.std:f}"
-    return text if seeds_said or value.seeds is None else f"{text} (n = {value.seeds})"
+    if value.interval is not None:
+        text += f" [{value.interval[0]:f}, {value.interval[1]:f}]"
+    after = [] if seeds_said or value.seeds is None else [f"n = {value.seeds}"]
+    after += [value.note] if value.note else []
+    return f"{text} ({', '.join(after)})" if after else text
 
 
 def _common_seeds(grid: Grid) -> int | None:
@@ -218,10 +243,6 @@ def _source_note(grid: Grid, seeds: int | None) -> str:
 
 def _ascii_dash(value: Value | None) -> str:
     return "-" if value is None or value.printed == DASH else value.printed
-
-
-def _or_empty(value: Decimal | int | None) -> str:
-    return "" if value is None else f"{value}"
 
 
 FORMATS: dict[str, Callable[[Grid], str]] = {"md": _markdown, "csv": _csv, "latex": _latex}

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast, get_args
@@ -25,6 +25,7 @@ STATUSES: tuple[str, ...] = get_args(Status)
 PEAKS = ("allocated", "reserved", "rss", "rss_above_loaded")
 # Folders of a results folder that hold result files; others, such as benchmarks/, are passed over.
 FOLDERS = ("table[0-9]*", "ablation-*")
+_ROOT = Path(__file__).parents[2]
 
 
 class ResultError(ValueError):
@@ -138,6 +139,11 @@ class Result:
     def peak(self) -> float | None:
         """The memory that stands in a table: reserved by the allocator on CUDA, of the whole process on a CPU."""
         return self.peak_gib.get("reserved" if self.device.kind == "cuda" else "rss")
+
+
+def results_folder(profile: str) -> Path:
+    """Return where results of a profile are kept; those of a function test are not to be committed."""
+    return _ROOT / ("saves/reproduce/smoke/results" if profile == "smoke" else "results")
 
 
 def result_path(folder: Path, experiment: Identity) -> Path:
@@ -275,12 +281,7 @@ def _optional(section: Section, name: str) -> str | None:
 
 
 def _as_json(result: Result) -> dict[str, Any]:  # Any: JSON
-    def plain(value: object) -> Any:  # Any: JSON
-        if isinstance(value, Mapping):
-            return {name: plain(inner) for name, inner in value.items()}
-        return dict(vars(value)) if isinstance(value, Identity | Score | DataFile | Device) else value
-
-    content = {"schema": SCHEMA} | {name: plain(value) for name, value in vars(result).items()}
+    content = {"schema": SCHEMA} | asdict(result)
     for score in content["scores"].values():
         if not score["reason"]:
             del score["reason"]

@@ -353,13 +353,26 @@ def test_a_measured_value_of_another_table_changes_nothing(lib, paper):
     ("change", "message"),
     [
         ({"column": "accurcy"}, "unknown column 'accurcy'. Did you mean 'accuracy'"),
-        ({"rank": 64}, "table 1, got .*64.* Correct its key"),
+        ({"dataset": "xsum"}, "must be of a cell of table 1, got .*xsum.* Correct its key"),
     ],
 )
-def test_a_measured_value_without_a_cell_is_refused(lib, paper, change, message):
+def test_a_measured_value_without_a_column_is_refused(lib, paper, change, message):
     key = lib.keys.CellKey("table1", "llama2-7b", "crosslore", "gsm8k", 128, "accuracy")._replace(**change)
     with pytest.raises(ValueError, match=message):
         lib.grids.grid_of(paper, 1, measured={key: lib.render.measured([1.0])})
+
+
+def test_the_papers_galore_is_the_one_of_llamafactory_and_ours_has_a_row_of_its_own(lib, paper):
+    key = lib.keys.CellKey("table1", "llama2-7b", "galore", "gsm8k", 16, "accuracy")
+    ours = {key: lib.render.measured([26.0]), key._replace(method="galore_stock"): lib.render.measured([27.0])}
+    rows = [line for line in lib.grids.grid_of(paper, 1, measured=ours).lines if "GaLore" in line.labels[0]][:4]
+    shown = [(*line.labels, line.source, line.values[2].printed) for line in rows]
+    assert shown == [
+        ("GaLore", "16", "paper", "26.31"),
+        ("GaLore", "16", "measured", "27.00"),
+        ("GaLore", "16", "difference", "+0.69"),
+        ("GaLore (this code)", "16", "measured", "26.00"),
+    ]
 
 
 def test_measured_takes_the_decimals_of_the_figure_and_the_deviation_of_a_sample(lib):
@@ -396,7 +409,8 @@ def test_the_command_prints_one_table_in_one_format(lib, paper):
     ("words", "message"),
     [
         (("--paper-only", "--table", "11"), "table must be one of 1, 2, 3, .*10, got 11"),
-        (("--table", "1"), "required: --paper-only"),
+        (("--table", "1", "--results", "/nowhere"), "/nowhere must be a folder with results"),
+        (("--paper-only", "--ablation", "residual"), "the paper has no such table"),
         (("--paper-only", "--format", "html"), "invalid choice: 'html'"),
     ],
 )

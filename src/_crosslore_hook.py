@@ -1,4 +1,4 @@
-"""Start-up hook: lets LLaMA-Factory understand `finetuning_type: crosslore`.
+"""Start-up hook: lets LLaMA-Factory understand `finetuning_type: crosslore` and `CROSSLORE_MEASURE=FILE`.
 
 Python imports this module at start-up (see `crosslore_llamafactory.pth`). It registers a finder that looks at module
 names only; nothing else happens until LLaMA-Factory is imported. `CROSSLORE_LLAMAFACTORY=0` turns it off.
@@ -13,6 +13,7 @@ SEAMS = (
     "llamafactory.hparams.parser",
     "llamafactory.model.adapter",
     "llamafactory.train.trainer_utils",
+    "llamafactory.train.tuner",
 )
 
 

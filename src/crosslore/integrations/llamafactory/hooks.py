@@ -1,4 +1,4 @@
-"""The seams: what is changed in four modules of LLaMA-Factory, right after each of them ran.
+"""The seams: what is changed in five modules of LLaMA-Factory, right after each of them ran.
 
 | module | seam | change |
 |---|---|---|
@@ -6,13 +6,16 @@
 | hparams.parser | `_parse_args` | parses our fields when the type is asked for |
 | model.adapter | `_setup_full_tuning` | logs the honest type |
 | train.trainer_utils | `create_custom_optimizer`, `create_modelcard_and_push` | our optimizer, the honest type |
+| train.tuner | `run_exp` | measures the run if `CROSSLORE_MEASURE` names a file |
 
-For every other fine-tuning type each of them calls the original with the original arguments.
+For every other fine-tuning type each of them calls the original with the original arguments; `run_exp` adds a
+callback for any type, and only when that variable is set.
 """
 
 import copy
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -163,6 +166,18 @@ def _wrap_model_card(module: ModuleType, push: Callable[..., Any]) -> Callable[.
     return push_with_honest_type
 
 
+def _wrap_run(module: ModuleType, run: Callable[..., None]) -> Callable[..., None]:
+    def run_measured(args: Any = None, callbacks: list[Any] | None = None) -> None:
+        path = os.environ.get("CROSSLORE_MEASURE")
+        if path:
+            from crosslore.integrations.measure import MeasureCallback
+
+            callbacks = [*(callbacks or []), MeasureCallback(path)]
+        run(args, callbacks)
+
+    return run_measured
+
+
 # Module -> function -> what makes the replacement from (module, original).
 SEAMS: dict[str, dict[str, Callable[[ModuleType, Callable[..., Any]], Callable[..., Any]]]] = {
     "llamafactory.launcher": {"launch": _wrap_launch},
@@ -172,4 +187,5 @@ SEAMS: dict[str, dict[str, Callable[[ModuleType, Callable[..., Any]], Callable[.
         "create_custom_optimizer": _wrap_optimizer,
         "create_modelcard_and_push": _wrap_model_card,
     },
+    "llamafactory.train.tuner": {"run_exp": _wrap_run},
 }

@@ -45,11 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        again = " Run it again: it goes on where it was." if args.command in ("predict", "run") else ""
-        if again and args.overwrite:
-            again = " Run it again without --overwrite: it goes on where it was."
-        print(f"\ninterrupted.{again}", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # says how to go on, if rows are under way
+        print("\n" + " ".join(["interrupted.", *map(str, stop.args)]), file=sys.stderr)
         return 130
     return 0
 
@@ -62,8 +59,8 @@ def predict(args: argparse.Namespace) -> None:
 
 def _predict(args: argparse.Namespace, out: Path) -> Path:
     from crosslore_eval.generate import Decoding
-    from crosslore_eval.predict import Settings
     from crosslore_eval.predict import predict as write_predictions
+    from crosslore_eval.settings import Settings
 
     task = find_task(args.task)
     decoding = Decoding(
@@ -75,6 +72,7 @@ def _predict(args: argparse.Namespace, out: Path) -> Path:
     )
     settings = Settings(
         model=args.model,
+        base_model=args.base_model,
         decoding=decoding,
         template=args.template,
         instruction=args.instruction,

@@ -1,6 +1,6 @@
 """Batched generation with transformers: left-padded, longest prompts first, with the key-value cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +66,13 @@ def batches_of(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def generate_batches(
-    model: Any, tokenizer: Any, encoded: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], decoding: Decoding
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[Sequence[int]],
+    batches: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    on_step: Callable[[int], None] | None = None,
 ) -> Iterator[list[Answer]]:
     """Yield the answers of each batch.
 
@@ -76,14 +82,35 @@ def generate_batches(
         encoded: prompts as tokens.
         batches: positions in `encoded`.
         decoding: how tokens are chosen. A batch's answers do not depend on the batches before it.
+        on_step: called after each step with the tokens that it added to answers; their sum is that of `Answer.tokens`.
     """
     config = generation_config(model, tokenizer, decoding)
     ends = set(config.eos_token_id or [])
     for batch in batches:
         torch.manual_seed((decoding.seed * 1_000_003 + batch[0]) % 2**63)
         with _no_other_settings(model):
-            rows = _generate(model, [encoded[index] for index in batch], config)
+            steps = None if on_step is None else _Steps(ends, on_step)
+            rows = _generate(model, [encoded[index] for index in batch], config, steps)
         yield [_answer(tokenizer, index, row, ends) for index, row in zip(batch, rows, strict=True)]
+
+
+class _Steps:
+    """What transformers calls a streamer: it is given the new tokens of each step, which it counts."""
+
+    def __init__(self, ends: set[int], on_step: Callable[[int], None]) -> None:
+        self.ends, self.on_step = ends, on_step
+        self.is_open: list[bool] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        if tokens.dim() > 1:  # the prompts, before the first step
+            self.is_open = [True] * len(tokens)
+            return
+        self.on_step(sum(self.is_open))
+        pairs = zip(self.is_open, tokens.tolist(), strict=True)
+        self.is_open = [is_open and token not in self.ends for is_open, token in pairs]
+
+    def end(self) -> None:
+        """Nothing is held back until here."""
 
 
 @contextmanager
@@ -106,13 +133,15 @@ def _answer(tokenizer: Any, index: int, tokens: list[int], ends: set[int]) -> An
 
 
 @torch.inference_mode()
-def _generate(model: Any, batch: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
+def _generate(
+    model: Any, batch: Sequence[Sequence[int]], config: GenerationConfig, steps: _Steps | None
+) -> list[list[int]]:
     """Return the new tokens of one batch of prompts, padded on the left; one at a time when it is one."""
     width = max(map(len, batch))
     ids = torch.tensor([[config.pad_token_id] * (width - len(tokens)) + list(tokens) for tokens in batch])
     mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in batch])
     output = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, streamer=steps
     )
     new: list[list[int]] = output[:, width:].tolist()
     return new

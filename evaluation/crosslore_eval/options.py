@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
 from crosslore_eval import __version__
 from crosslore_eval.bootstrap import DEFAULT_SAMPLES
@@ -40,9 +41,17 @@ COMPARE_EXAMPLES = """examples:
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with code 2 and what is wrong, instead of a page of usage."""
+        self.exit(2, f"error: {message}. See: {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="crosslore-eval",
         description="Outputs of a model for a task, and their scores, as the official scripts compute them.",
         epilog=EPILOG,
@@ -80,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, summary: str, examples: str
+    commands: "argparse._SubParsersAction[Parser]", name: str, summary: str, examples: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
@@ -110,22 +119,23 @@ def _add_references(parser: argparse.ArgumentParser) -> None:
 
 def _add_generation(parser: argparse.ArgumentParser, *, out_help: str, out_required: bool) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint, LoRA adapter, or name on the hub")
+    parser.add_argument("--base-model", metavar="DIR", help="a LoRA adapter's base (default: the one that it names)")
     parser.add_argument("--out", type=Path, required=out_required, metavar="FILE", help=out_help)
     parser.add_argument("--overwrite", action="store_true", help="start anew whatever --out holds")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
     parser.add_argument(
         "--template", default="model", metavar="NAME",
-        help="prompt template, LLaMA-Factory's names: alpaca, chatml, default, empty, llama2, llama3 "
-        "(default: the model's own chat template)",
+        help="prompt template: model is the model's own chat template, the others are LLaMA-Factory's alpaca, chatml, "
+        "default, empty, llama2 and llama3 (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--instruction", metavar="TEXT", help="instead of the task's own")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at once (%(default)s)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="per answer (default: the task's)")
     parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="cut longer inputs (default: the context)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="with a temperature (%(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="with a temperature; 0 is all (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="with a temperature (%(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="needs a temperature (%(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="needs a temperature; 0 is all (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of draws, with a temperature (%(default)s)")
     parser.add_argument("--engine", default="transformers", metavar="NAME", help="transformers or vllm (%(default)s)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda:0, ... (default: the GPU if there is one)")
     parser.add_argument("--dtype", default="auto", metavar="NAME", help="auto: bfloat16 on a GPU, float32 on a CPU")

@@ -3,74 +3,26 @@
 import json
 import logging
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from crosslore_eval import manifest as manifests
+from crosslore_eval.checkpoints import adapter_base, check_model, model_hash, named_base
 from crosslore_eval.engines import Engine, load_engine, where_and_how
 from crosslore_eval.errors import EvalError
-from crosslore_eval.generate import Answer, Decoding, batches_of
-from crosslore_eval.models import check_model, model_hash
-from crosslore_eval.prompts import MODEL_TEMPLATE, Prompts, cut, stops_of, write_prompts
+from crosslore_eval.generate import Answer, batches_of
+from crosslore_eval.models import load_tokenizer
+from crosslore_eval.outfile import check_out, only_writer
+from crosslore_eval.progress import with_progress
+from crosslore_eval.prompts import Prompts, cut, prompt_writer, stops_of, write_prompts
+from crosslore_eval.settings import Settings
 from crosslore_eval.tasks.base import Example, Task
 
 logger = logging.getLogger(__name__)
 
 # JSON values of one line of the predictions file.
 Line = dict[str, object]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Everything that a model's outputs for a task depend on."""
-
-    # folder or hub name
-    model: str
-    decoding: Decoding
-    # one of prompts.TEMPLATES, or the model's own
-    template: str = MODEL_TEMPLATE
-    # instead of the task's
-    instruction: str | None = None
-    # prompts at once; part of the identity, because padding may change the last bits of a sum
-    batch_size: int = 16
-    # transformers or vllm
-    engine: str = "transformers"
-    # torch device; None: CUDA when there is one
-    device: str | None = None
-    # auto: bf16 on a GPU, fp32 on a CPU
-    dtype: str = "auto"
-    # longer prompts lose the end of their input; None: what the model's context leaves
-    max_prompt_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        temperature = self.decoding.temperature
-        checks = [
-            ("batch-size", self.batch_size, self.batch_size >= 1, ">= 1"),
-            ("max-new-tokens", self.decoding.max_new_tokens, self.decoding.max_new_tokens >= 1, ">= 1"),
-            (
-                "temperature",
-                temperature,
-                temperature == 0 or 0.01 <= temperature <= 100,
-                "0 (greedy) or in [0.01, 100]",
-            ),
-            ("top-p", self.decoding.top_p, 0 < self.decoding.top_p <= 1, "in (0, 1]"),
-            ("top-k", self.decoding.top_k, self.decoding.top_k >= 0, ">= 0 (0 is all)"),
-            (
-                "max-prompt-tokens",
-                self.max_prompt_tokens,
-                self.max_prompt_tokens is None or self.max_prompt_tokens >= 1,
-                ">= 1",
-            ),
-        ]
-        for name, value, holds, allowed in checks:
-            if not holds:
-                raise EvalError(f"--{name} must be {allowed}, got {value}.")
 
 
 def predict(task: Task, examples: Sequence[Example], settings: Settings, out: Path, *, overwrite: bool = False) -> Path:
@@ -87,99 +39,92 @@ def predict(task: Task, examples: Sequence[Example], settings: Settings, out: Pa
         overwrite: start anew whatever is there; a finished file is replaced when the new one is whole.
 
     Raises:
-        EvalError: if `out` or its partial file was made with other settings.
+        EvalError: if `out` cannot be written, the model cannot be loaded, or `out` or its partial file was made with
+            other settings.
     """
-    check_model(settings.model)
+    check_out(out)
+    check_model(settings.model, base=settings.base_model)
     if settings.instruction is not None:
-        examples = [replace(example, instruction=settings.instruction) for example in examples]
-    _prepare_folder(out)
+        asked = [replace(example, instruction=settings.instruction) for example in examples]
+        if asked == list(examples):  # the task's own, given by name
+            settings = replace(settings, instruction=None)
+        examples = asked
     identity = _identity(task, examples, settings)
     partial = manifests.partial_path(out)
-    with _only_writer(out):
+    with only_writer(out):
+        goes_on = not overwrite and (partial.is_file() or out.is_file())
+        if goes_on:
+            manifests.check_same(out, identity)
+            if not partial.is_file():
+                logger.warning("%s is finished already: nothing generated (--overwrite starts anew)", out)
+                return out
+        engine, prompts = _prepared(examples, settings)  # before anything is written: it may fail
         if overwrite:  # the old file stays until the new one is whole; a partial file says that this is under way
             partial.write_bytes(b"")
+        if not goes_on:
             manifests.write_manifest(out, {**identity, "model": settings.model})
-        elif out.is_file() and not partial.is_file():
-            manifests.check_same(out, identity)
-            logger.warning("%s is finished already: nothing generated (--overwrite starts anew)", out)
-            return out
-        elif partial.is_file():
-            manifests.check_same(out, identity)
-        else:
-            manifests.write_manifest(out, {**identity, "model": settings.model})
-        _generate(task, examples, settings, out, identity)
+        try:
+            _generate(task, examples, settings, out, identity, engine=engine, prompts=prompts)
+        except KeyboardInterrupt as stop:
+            again = " without --overwrite" if overwrite else ""
+            raise KeyboardInterrupt(f"Run it again{again}: it goes on where it was.") from stop
     return out
-
-
-def _prepare_folder(out: Path) -> None:
-    if out.is_dir():
-        raise EvalError(f"--out must be a file, got the folder {out}.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EvalError(f"--out: cannot make the folder {out.parent}: {error.strerror}.") from error
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Hold a lock beside `out`, where the system has such locks; a process that ends, however, lets go of it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    path = out.with_name(f"{out.name}.lock")
-    while True:
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise EvalError(f"another process is writing {out}. Wait for it, or choose another --out.") from error
-            try:
-                is_current = os.fstat(file.fileno()).st_ino == path.stat().st_ino
-            except FileNotFoundError:
-                is_current = False
-            if not is_current:  # its last holder removed it after we had opened it: what we hold locks nobody out
-                continue
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
 
 
 def _identity(task: Task, examples: Sequence[Example], settings: Settings) -> manifests.Manifest:
     """Return what must be equal for a run to go on; the model by its content, not by where it is."""
-    held = asdict(settings)
-    del held["model"]
+    computed_in = where_and_how(settings.engine, device=settings.device, dtype=settings.dtype)
     return {
         "task": task.name,
         "task_version": task.version,
         "examples": len(examples),
         "examples_sha256": manifests.examples_hash(examples),
-        "model_sha256": model_hash(settings.model),
-        "settings": held,
-        "computed_in": where_and_how(settings.engine, device=settings.device, dtype=settings.dtype),
+        "model_sha256": model_hash(settings.model, base=settings.base_model),
+        "settings": settings.identity(),
+        "computed_in": computed_in,
         "versions": manifests.versions(),
     }
 
 
-def _generate(
-    task: Task, examples: Sequence[Example], settings: Settings, out: Path, identity: manifests.Manifest
-) -> None:
-    engine = load_engine(settings.engine, settings.model, device=settings.device, dtype=settings.dtype)
+def _prepared(examples: Sequence[Example], settings: Settings) -> tuple[Engine, Prompts]:
+    """Return the engine with its model, and the prompts; a missing chat template is found before the long part."""
+    prompt_writer(settings.template, load_tokenizer(settings.model, base=settings.base_model))
+    _say_base(settings)
+    engine = load_engine(
+        settings.engine, settings.model, device=settings.device, dtype=settings.dtype, base=settings.base_model
+    )
     limit = _prompt_limit(engine, settings)
     prompts = write_prompts(engine.tokenizer, examples, template=settings.template, limit=limit)
     if prompts.shortened:
         logger.warning(
             "%d of %d prompts were too long: the end of their input is cut", prompts.shortened, len(examples)
         )
+    return engine, prompts
+
+
+def _say_base(settings: Settings) -> None:
+    """Warn if an adapter's base was found elsewhere than at the path that it names."""
+    base = adapter_base(settings.model, base=settings.base_model)
+    if settings.base_model is None and base != named_base(settings.model):
+        logger.warning("the base model of the LoRA adapter %s is taken from %s", settings.model, base)
+
+
+def _generate(
+    task: Task,
+    examples: Sequence[Example],
+    settings: Settings,
+    out: Path,
+    identity: manifests.Manifest,
+    *,
+    engine: Engine,
+    prompts: Prompts,
+) -> None:
     batches = batches_of([len(tokens) for tokens in prompts.tokens], settings.batch_size)
     partial = manifests.partial_path(out)
     done = _continue_from(partial, batches, prompts)
     stops = (*task.stop, *stops_of(settings.template))
     with partial.open("a", encoding="utf-8", newline="\n") as file:
-        for answers in _with_progress(engine, prompts, batches[done:], settings, total=len(examples)):
+        for answers in with_progress(engine, prompts.tokens, batches=batches[done:], settings=settings):
             lines = [_line(answer, examples[answer.index], prompts, stops) for answer in answers]
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             file.flush()
@@ -235,32 +180,6 @@ def _matches(row: bytes, index: int, prompts: Prompts) -> bool:
         return bool(line["index"] == index and line["prompt_sha256"] == prompts.sha256(index))
     except (ValueError, KeyError, TypeError):
         return False
-
-
-def _with_progress(
-    engine: Engine, prompts: Prompts, batches: Sequence[Sequence[int]], settings: Settings, *, total: int
-) -> Iterator[list[Answer]]:
-    """Yield each batch's answers under a progress bar with rows and tokens per second."""
-    left = sum(map(len, batches))
-    started, tokens = time.perf_counter(), 0
-    with tqdm(total=total, initial=total - left, desc="generating", unit="row") as bar:
-        for answers in _out_of_memory_said(engine.answers(prompts.tokens, batches, settings.decoding), settings):
-            yield answers
-            tokens += sum(answer.tokens for answer in answers)
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.1f} tokens/s", refresh=False)
-            bar.update(len(answers))
-
-
-def _out_of_memory_said(answers: Iterator[list[Answer]], settings: Settings) -> Iterator[list[Answer]]:
-    import torch
-
-    try:
-        yield from answers
-    except torch.OutOfMemoryError as error:
-        raise EvalError(
-            f"the GPU has too little memory for {settings.batch_size} prompts at once. Give a smaller --batch-size "
-            "(with --overwrite if a partial file is there)."
-        ) from error
 
 
 def _line(answer: Answer, example: Example, prompts: Prompts, stops: tuple[str, ...]) -> Line:

@@ -110,6 +110,12 @@ def rendered(tokenizer: Any, content: str) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
+def check_template(name: str) -> None:
+    """Raise `EvalError` unless `name` is one of `TEMPLATES`, or "model"."""
+    if name != MODEL_TEMPLATE and name not in TEMPLATES:
+        raise unknown_name("template", name, [MODEL_TEMPLATE, *TEMPLATES])
+
+
 def prompt_writer(name: str, tokenizer: Any) -> PromptWriter:
     """Return what turns a user's message into a prompt.
 
@@ -130,8 +136,7 @@ def prompt_writer(name: str, tokenizer: Any) -> PromptWriter:
         wanted = rendered(tokenizer, SENTINEL)
         same = (template for template in TEMPLATES.values() if PromptWriter(tokenizer, template)(SENTINEL) == wanted)
         return PromptWriter(tokenizer, next(same, None))
-    if name not in TEMPLATES:
-        raise unknown_name("template", name, [MODEL_TEMPLATE, *TEMPLATES])
+    check_template(name)
     return PromptWriter(tokenizer, TEMPLATES[name])
 
 

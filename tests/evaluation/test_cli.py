@@ -143,6 +143,11 @@ def test_pictures_are_written(command: str, gsm8k: Any, tmp_path: Path) -> None:
         (["predict", "e2e", "--model", "missing/x/y", "--out", "o"], "--model must be a folder or a name on the hub"),
         (["predict", "e2e", "--model", "M", "--out", "o", "--limit", "0"], "--limit must be in [1, 5] for e2e, got 0"),
         (["predict", "e2e", "--model", "M", "--out", "o", "--top-p", "2"], "--top-p must be in (0, 1], got 2.0"),
+        (["predict", "e2e", "--model", "M", "--out", "A/o"], "--out must be a file that can be written, got"),
+        (["run", "e2e", "--model", "M", "--out", "A/o"], "--out must be a file that can be written, got"),
+        (["predict", "e2e", "--model", "M", "--out", "o", "--top-k", "5"], "--top-k needs sampling, got 5"),
+        (["predict", "e2e", "--model", "M", "--out", "o", "--template", "chatlm"], "Did you mean 'chatml'?"),
+        (["predict", "e2e", "--model", "M", "--out", "o", "--base-model", "M"], "--base-model is for the folder of a"),
         (["run", "e2e", "--model", "M", "--protocol", "papr"], "unknown protocol 'papr'. Did you mean 'paper'?"),
         (["run", "mawps", "--model", "M"], "mawps can only be read from local files"),
     ],
@@ -150,7 +155,7 @@ def test_pictures_are_written(command: str, gsm8k: Any, tmp_path: Path) -> None:
 def test_unusable_input_exits_with_2_and_one_line(
     words: list[str], message: str, gsm8k: Any, e2e_folder: Path, model_folder: Path, capsys: Any
 ) -> None:
-    files = {"A": str(gsm8k[0]), "B": str(gsm8k[1]), "M": str(model_folder)}
+    files = {"A": str(gsm8k[0]), "B": str(gsm8k[1]), "M": str(model_folder), "A/o": f"{gsm8k[0]}/o.jsonl"}
     data = ["--data", str(e2e_folder)] if words[1] == "e2e" else []
     assert run(*[files.get(word, word) for word in words], *data) == 2
     shown = capsys.readouterr()
@@ -159,12 +164,39 @@ def test_unusable_input_exits_with_2_and_one_line(
     assert "Traceback" not in shown.err
 
 
-@pytest.mark.parametrize("words", [[], ["nonsense"], ["score", "gsm8k"], ["predict", "e2e", "--model", "x"]])
-def test_wrong_usage_exits_with_2(words: list[str], capsys: Any) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: COMMAND. See: crosslore-eval --help"),
+        (["nonsense"], "argument COMMAND: invalid choice: 'nonsense'"),
+        (["score", "gsm8k"], "required: --predictions. See: crosslore-eval score --help"),
+        (["predict", "e2e", "--model", "x"], "required: --out. See: crosslore-eval predict --help"),
+        (
+            ["run", "e2e", "--model", "x", "--limit", "y"],
+            "argument --limit: invalid int value: 'y'. See: crosslore-eval run",
+        ),
+        (
+            ["run", "e2e", "--model", "x", "--templates", "y"],
+            "unrecognized arguments: --templates y. See: crosslore-eval",
+        ),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_one_line(words: list[str], message: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as ended:
         run(*words)
     assert ended.value.code == 2
-    assert "usage: crosslore-eval" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and message in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["predict", "run"])
+def test_help_names_the_values_of_options(command: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        run(command, "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "model is the model's own chat template" in text and "llama2 and llama3 (model)" in text
+    assert "--base-model DIR a LoRA adapter's base" in text
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -182,9 +214,15 @@ def test_an_interrupt_exits_with_130_and_says_that_it_goes_on(
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("crosslore_eval.predict.load_engine", interrupted)
-    assert run("predict", "e2e", "--model", model_folder, "--data", e2e_folder, "--out", "o.jsonl") == 130
-    assert "Run it again: it goes on where it was" in capsys.readouterr().err
+    words = ["predict", "e2e", "--model", model_folder, "--data", e2e_folder, "--out", "o.jsonl"]
+    with monkeypatch.context() as patch:
+        patch.setattr("crosslore_eval.predict.load_engine", interrupted)
+        assert run(*words) == 130
+    shown = capsys.readouterr().err
+    assert "\ninterrupted.\n" in shown  # nothing is under way yet
+    monkeypatch.setattr("crosslore_eval.engines.TransformersEngine.answers", interrupted)
+    assert run(*words) == 130
+    assert "\ninterrupted. Run it again: it goes on where it was.\n" in capsys.readouterr().err
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, gsm8k: Any, capsys: Any) -> None:

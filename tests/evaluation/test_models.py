@@ -1,6 +1,7 @@
 """What can be evaluated, and by what."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,10 +12,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", reason='needs transformers: pip install "crosslore[eval]"')
 
+from crosslore_eval.checkpoints import adapter_base, check_model, model_hash  # noqa: E402
 from crosslore_eval.engines import load_engine  # noqa: E402
 from crosslore_eval.errors import EvalError  # noqa: E402
 from crosslore_eval.generate import Decoding  # noqa: E402
-from crosslore_eval.models import check_model, load_model, load_tokenizer, model_hash, pick_device, pick_dtype  # noqa: E402
+from crosslore_eval.models import load_model, load_tokenizer, pick_device, pick_dtype  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,6 @@ def test_a_lora_adapter_is_merged_into_its_base(adapter_folder: Path, model: Any
 
 def test_an_adapter_own_tokenizer_goes_before_its_base(adapter_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     import copy
-    import shutil
 
     folder = tmp_path / "adapter"
     shutil.copytree(adapter_folder, folder)
@@ -68,9 +69,9 @@ def test_an_adapter_own_tokenizer_goes_before_its_base(adapter_folder: Path, tok
     assert load_tokenizer(str(folder)).chat_template == "trained"
 
 
-def test_the_hash_follows_weights_not_places_or_optimizer_states(model_folder: Path, tmp_path: Path) -> None:
-    import shutil
-
+def test_the_hash_follows_weights_not_places_or_optimizer_states(
+    model_folder: Path, tmp_path: Path, asked: list[str]
+) -> None:
     copied = tmp_path / "copy"
     shutil.copytree(model_folder, copied)
     assert model_hash(str(copied)) == model_hash(str(model_folder))
@@ -84,8 +85,6 @@ def test_the_hash_follows_weights_not_places_or_optimizer_states(model_folder: P
 
 
 def test_a_changed_tokenizer_is_another_model(model_folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     copied = tmp_path / "copy"
     shutil.copytree(model_folder, copied)
     template = next(copied.glob("chat_template*"), copied / "tokenizer_config.json")
@@ -94,8 +93,6 @@ def test_a_changed_tokenizer_is_another_model(model_folder: Path, tmp_path: Path
 
 
 def test_a_changed_base_is_another_model(adapter_folder: Path, tmp_path: Path, model_folder: Path) -> None:
-    import shutil
-
     base, folder = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(model_folder, base)
     shutil.copytree(adapter_folder, folder)
@@ -105,6 +102,163 @@ def test_a_changed_base_is_another_model(adapter_folder: Path, tmp_path: Path, m
     weights = next(base.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert model_hash(str(folder)) != before
+
+
+class Project:
+    """A project folder: an adapter that was trained there from a base named by a path relative to it."""
+
+    def __init__(self, folder: Path, adapter: Path, base: Path) -> None:
+        self.base, self.adapter = folder / "models" / "tiny", folder / "saves" / "lora"
+        shutil.copytree(base, self.base)
+        shutil.copytree(adapter, self.adapter)
+        self.name_base("models/tiny")
+
+    def name_base(self, name: str | None) -> None:
+        file = self.adapter / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": name}))
+
+
+@pytest.fixture
+def project(adapter_folder: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return Project(tmp_path / "project", adapter_folder, model_folder)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the hub was asked for, which cannot be reached."""
+    names: list[str] = []
+
+    def unreachable(self: Any, name: str, **options: Any) -> Any:
+        names.append(name)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    return names
+
+
+@pytest.mark.parametrize("named", ["models/tiny", "../../models/tiny", "./models/tiny"])
+def test_a_base_with_a_relative_path_is_found_from_another_folder(
+    project: Project, named: str, adapter_folder: Path, asked: list[str]
+) -> None:
+    project.name_base(named)
+    check_model(str(project.adapter))
+    loaded, tokenizer = load_model(project.adapter, device=torch.device("cpu"))
+    expected, _ = load_model(adapter_folder, device=torch.device("cpu"))
+    assert torch.equal(logits_of(loaded), logits_of(expected))
+    assert tokenizer.chat_template
+    assert asked == []
+
+
+def test_a_base_in_the_current_folder_goes_before_others(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(project.base, "models/tiny")
+    assert adapter_base(str(project.adapter)) == "models/tiny"
+    monkeypatch.chdir("..")
+    assert adapter_base(str(project.adapter)) == str(project.base)
+
+
+@pytest.mark.parametrize("named", ["models/gone", "gone"])
+def test_a_base_that_is_nowhere_is_said_at_once(project: Project, named: str, asked: list[str]) -> None:
+    project.name_base(named)
+    message = (
+        f"the base model of the LoRA adapter {project.adapter} must be .* got {named} from its adapter_config.json: no "
+        r"such folder here or above the adapter, and the hub cannot be asked \(Name or service not known\). Give the "
+        "base with --base-model DIR"
+    )
+    with pytest.raises(EvalError, match=message):
+        check_model(str(project.adapter))
+    assert asked == [named]
+
+
+def test_a_path_is_not_asked_for_on_the_hub(project: Project, asked: list[str]) -> None:
+    for named in ("/gone/tiny", "../gone", "a/b/c"):
+        project.name_base(named)
+        with pytest.raises(EvalError, match=f"got {named} .* no name on the hub looks like this. Give the base with"):
+            check_model(str(project.adapter))
+    assert asked == []
+
+
+def test_a_base_that_the_hub_has_not_is_said(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def unknown(self: Any, name: str, **options: Any) -> Any:
+        raise RepositoryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "https://x")))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unknown)
+    project.name_base("owner/gone")
+    with pytest.raises(EvalError, match="and the hub has no such model, or you may not see it. Give the base with"):
+        check_model(str(project.adapter))
+    with pytest.raises(EvalError, match="--model must be .* got owner/gone, which is not there: the hub has no such"):
+        check_model("owner/gone")
+
+
+def test_the_given_base_is_taken(project: Project, adapter_folder: Path, model_folder: Path, asked: list[str]) -> None:
+    project.name_base("models/gone")
+    given = str(model_folder)
+    check_model(str(project.adapter), base=given)
+    loaded, tokenizer = load_model(project.adapter, device=torch.device("cpu"), base=given)
+    assert torch.equal(logits_of(loaded), logits_of(load_model(adapter_folder, device=torch.device("cpu"))[0]))
+    assert tokenizer.chat_template
+    before = model_hash(str(project.adapter), base=given)
+    assert model_hash(str(project.adapter), base=str(project.base)) == before
+    (project.base / "generation_config.json").write_text("{}")
+    assert model_hash(str(project.adapter), base=str(project.base)) != before
+    assert asked == []
+
+
+def test_a_given_base_that_cannot_be_used_is_refused(
+    project: Project, model_folder: Path, tmp_path: Path, asked: list[str]
+) -> None:
+    with pytest.raises(EvalError, match="--base-model must hold config.json"):
+        check_model(str(project.adapter), base=str(tmp_path))
+    with pytest.raises(EvalError, match="--base-model must be a folder or a name on the hub .*, got ./gone, which is"):
+        check_model(str(project.adapter), base="./gone")
+    for name in (str(model_folder), "owner/name"):
+        with pytest.raises(
+            EvalError, match="--base-model is for the folder of a LoRA adapter, got .* Leave the option"
+        ):
+            check_model(name, base=str(model_folder))
+    assert asked == []
+
+
+def test_an_adapter_that_names_no_base_asks_for_it(project: Project, model_folder: Path) -> None:
+    project.name_base(None)
+    with pytest.raises(EvalError, match="must name the adapter's base model, got none. Give it with --base-model DIR"):
+        check_model(str(project.adapter))
+    check_model(str(project.adapter), base=str(model_folder))
+    shutil.copy(model_folder / "config.json", project.adapter)  # a whole model that was trained with an adapter
+    assert adapter_base(str(project.adapter)) is None
+
+
+def test_a_base_that_does_not_fit_the_adapter_says_what_does_not(project: Project, model: Any) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(**{**model.config.to_dict(), "hidden_size": 16, "head_dim": 4})
+    transformers.LlamaForCausalLM(config).save_pretrained(project.base)
+    with pytest.raises(EvalError, match=f"cannot load {project.adapter}: RuntimeError: .*size mismatch"):
+        load_model(project.adapter, device=torch.device("cpu"))
+
+
+def test_a_base_taken_from_another_folder_is_said(
+    project: Project, tmp_path: Path, examples: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from crosslore_eval.predict import predict
+    from crosslore_eval.settings import Settings
+    from crosslore_eval.tasks import find_task
+
+    settings = Settings(model=str(project.adapter), decoding=Decoding(max_new_tokens=2), device="cpu")
+    out = predict(find_task("gsm8k"), examples, settings, tmp_path / "out.jsonl")
+    assert f"the base model of the LoRA adapter {project.adapter} is taken from {project.base}" in caplog.text
+    caplog.clear()
+    given = Settings(
+        model=str(project.adapter), decoding=Decoding(max_new_tokens=2), device="cpu", base_model=str(project.base)
+    )
+    assert predict(find_task("gsm8k"), examples, given, out) == out  # the same files, however they were named
+    predict(find_task("gsm8k"), examples, given, tmp_path / "other.jsonl")
+    assert "is taken from" not in caplog.text
+    assert (tmp_path / "other.jsonl").read_bytes() == out.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["./missing", "/missing/model", "saves/run/checkpoint-30", "~/model", "missing"])
@@ -140,8 +294,6 @@ def test_an_adapter_with_padded_embeddings_loads(
 
 
 def test_a_torn_or_missing_file_gives_one_line(model_folder: Path, adapter_folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     torn, bad, empty = tmp_path / "torn", tmp_path / "bad", tmp_path / "empty"
     shutil.copytree(model_folder, torn)
     weights = next(torn.glob("*.safetensors"))

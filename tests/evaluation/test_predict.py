@@ -1,6 +1,8 @@
+import copy
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from crosslore_eval.errors import EvalError  # noqa: E402
 from crosslore_eval.generate import Decoding  # noqa: E402
 from crosslore_eval.inputs import read_outputs  # noqa: E402
 from crosslore_eval.manifest import manifest_path, partial_path  # noqa: E402
-from crosslore_eval.predict import Settings  # noqa: E402
+from crosslore_eval.settings import Settings  # noqa: E402
 from crosslore_eval.tasks import find_task  # noqa: E402
 from crosslore_eval.tasks.base import Example  # noqa: E402
 
@@ -79,8 +81,8 @@ class Stopped(Exception):
 def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = TransformersEngine.answers
 
-    def cut_short(self: Any, encoded: Any, wanted: Any, decoding: Any) -> Iterator[Any]:
-        yield from whole(self, encoded, list(wanted)[:batches], decoding)
+    def cut_short(self: Any, encoded: Any, wanted: Any, decoding: Any, **options: Any) -> Iterator[Any]:
+        yield from whole(self, encoded, list(wanted)[:batches], decoding, **options)
         raise Stopped
 
     monkeypatch.setattr(engines.TransformersEngine, "answers", cut_short)
@@ -114,9 +116,9 @@ def test_a_finished_batch_is_not_generated_again(
     asked = []
     whole = TransformersEngine.answers
 
-    def counted(self: Any, encoded: Any, batches: Any, decoding: Any) -> Iterator[Any]:
+    def counted(self: Any, encoded: Any, batches: Any, decoding: Any, **options: Any) -> Iterator[Any]:
         asked.extend(batches)
-        yield from whole(self, encoded, batches, decoding)
+        yield from whole(self, encoded, batches, decoding, **options)
 
     monkeypatch.setattr(engines.TransformersEngine, "answers", counted)
     run(tmp_path / "out.jsonl")
@@ -143,17 +145,28 @@ def test_an_interrupted_overwrite_keeps_the_old_file_and_goes_on_without_the_opt
     before, whole = out.read_bytes(), engines.TransformersEngine.answers
     changes = {"decoding": Decoding(max_new_tokens=3)}
 
-    def stopped(self: Any, *args: Any) -> Iterator[Any]:
-        yield next(iter(whole(self, *args)))
+    def stopped(self: Any, *args: Any, **options: Any) -> Iterator[Any]:
+        yield next(iter(whole(self, *args, **options)))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(engines.TransformersEngine, "answers", stopped)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="Run it again without --overwrite: it goes on where it was"):
             run(out, overwrite=True, **changes)
     assert out.read_bytes() == before
     run(out, **changes)
     assert out.read_bytes() == run(tmp_path / "other.jsonl", **changes).read_bytes() != before
+
+
+def test_overwrite_takes_no_row_of_an_unfinished_run_with_other_settings(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        with pytest.raises(Stopped):
+            run(tmp_path / "out.jsonl", decoding=Decoding(max_new_tokens=3))
+    whole = run(tmp_path / "whole.jsonl")
+    assert run(tmp_path / "out.jsonl", overwrite=True).read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -185,8 +198,6 @@ def test_another_model_never_mixes_with_a_file(
 
 
 def test_the_same_model_elsewhere_goes_on(run: Callable[..., Path], tmp_path: Path, model_folder: Path) -> None:
-    import shutil
-
     out = run(tmp_path / "out.jsonl")
     shutil.copytree(model_folder, tmp_path / "moved")
     assert run(out, model=str(tmp_path / "moved")) == out
@@ -257,15 +268,88 @@ def test_settings_out_of_range_are_refused(settings: Settings, changes: dict[str
         replace(settings, **changes)
 
 
-def test_a_folder_as_output_is_refused(run: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match="--out must be a file, got the folder"):
-        run(tmp_path)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_p": 0.9}, "--top-p needs sampling, got 0.9 with the greedy --temperature 0. Give a temperature"),
+        ({"top_k": 40}, "--top-k needs sampling, got 40 .* or leave --top-k out"),
+    ],
+)
+def test_an_option_of_sampling_without_a_temperature_is_refused(
+    settings: Settings, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(EvalError, match=message):
+        replace(settings, decoding=Decoding(max_new_tokens=1, **options))
+    replace(settings, decoding=Decoding(max_new_tokens=1, temperature=0.7, **options))
 
 
-def test_progress_shows_rows_and_tokens_per_second(run: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
-    run(tmp_path / "out.jsonl")
-    shown = capsys.readouterr().err
-    assert "8/8" in shown and "tokens/s" in shown
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"device": None},
+        {"dtype": "float32"},
+        {"instruction": "Describe it."},
+        {"decoding": Decoding(max_new_tokens=8, seed=5)},
+    ],
+)
+def test_options_that_mean_the_same_go_on(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    whole = run(tmp_path / "whole.jsonl")
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        with pytest.raises(Stopped):
+            run(tmp_path / "out.jsonl", **same)
+    assert run(tmp_path / "out.jsonl").read_bytes() == whole.read_bytes()
+    age = whole.stat().st_mtime_ns
+    assert run(whole, **same).stat().st_mtime_ns == age
+
+
+def test_the_seed_of_samples_never_mixes(run: Callable[..., Path], tmp_path: Path) -> None:
+    out = run(tmp_path / "out.jsonl", decoding=Decoding(max_new_tokens=8, temperature=1.0))
+    with pytest.raises(EvalError, match="settings.decoding.seed was 0, now 1"):
+        run(out, decoding=Decoding(max_new_tokens=8, temperature=1.0, seed=1))
+
+
+def test_a_wrong_name_is_refused_before_anything_is_loaded(settings: Settings) -> None:
+    with pytest.raises(EvalError, match="unknown template 'alpac'. Did you mean 'alpaca'.* Known: model, alpaca"):
+        replace(settings, template="alpac")
+    with pytest.raises(EvalError, match="unknown engine 'vlm'. Did you mean 'vllm'"):
+        replace(settings, engine="vlm")
+
+
+def test_a_missing_chat_template_is_found_before_the_model_is_loaded(
+    run: Callable[..., Path], tmp_path: Path, model_folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, bare = tmp_path / "model", copy.deepcopy(tokenizer)
+    shutil.copytree(model_folder, folder)
+    for file in folder.glob("chat_template*"):
+        file.unlink()
+    bare.chat_template = None
+    bare.save_pretrained(folder)
+    monkeypatch.setattr(engines, "load_model", lambda *args, **options: pytest.fail("the model was loaded"))
+    with pytest.raises(EvalError, match="--template model needs a tokenizer with a chat template"):
+        run(tmp_path / "out.jsonl", model=str(folder))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_model_that_cannot_be_loaded_leaves_everything_as_it_was(
+    run: Callable[..., Path], tmp_path: Path, model_folder: Path, overwrite: bool
+) -> None:
+    torn, folder = tmp_path / "torn", tmp_path / "outputs"
+    shutil.copytree(model_folder, torn)
+    weights = next(torn.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    folder.mkdir()
+    if overwrite:
+        run(folder / "out.jsonl")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(EvalError, match="cannot load"):
+        run(folder / "out.jsonl", model=str(torn), overwrite=overwrite)
+    with pytest.raises(EvalError, match="--max-new-tokens must be below the model's context"):
+        run(folder / "out.jsonl", decoding=Decoding(max_new_tokens=512), overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_memory_that_is_not_enough_says_what_to_do(
@@ -320,3 +404,21 @@ def test_a_process_killed_at_random_points_ends_with_the_same_file(
     )
     assert out.read_bytes() == whole.read_bytes(), f"seed {seed}"
     assert killed > 0, "no run was killed before it ended"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+@pytest.mark.parametrize("kind", ["first", "overwrite"])
+def test_a_process_killed_at_each_of_its_writes_ends_with_the_same_files(
+    kind: str, model_folder: Path, e2e_folder: Path, tmp_path: Path
+) -> None:
+    script = Path(__file__).with_name("killed_at_each_write.py")
+    command = [sys.executable, str(script), str(model_folder), str(e2e_folder), str(tmp_path / "runs"), kind]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, check=True, text=True, env=environment, timeout=500)
+    found = json.loads(done.stdout)
+    points = found["points"]
+    manifest, first_row = "replace out.jsonl.manifest.json.part", "half of a write to out.jsonl.partial"
+    between = points[points.index(manifest) : len(points) - points[::-1].index(first_row)]
+    assert "open out.jsonl.partial" in between and between.count(first_row) == 3  # from the manifest to the last row
+    assert found["wrong"] == {}

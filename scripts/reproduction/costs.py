@@ -1,0 +1,41 @@
+"""About how long a cell takes, by what its profile says was measured or, of the paper's models, printed."""
+
+from math import ceil
+
+from crosslore_eval.tasks import TASKS
+from reproduction.cells import TUNING, Experiment
+from reproduction.configs import merged_settings
+from reproduction.profiles import load_profiles
+
+# Rows in a step of the profiles that tune.
+STEP_ROWS = 4
+
+
+def training_steps(exp: Experiment) -> int:
+    """Return the optimizer steps of a cell."""
+    settings = merged_settings(exp)
+    if "max_steps" in settings:
+        return int(settings["max_steps"])
+    rows = min(TASKS[exp.dataset].splits[0].rows, settings.get("max_samples", TASKS[exp.dataset].splits[0].rows))
+    batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    return ceil(rows / batch) * int(settings["num_train_epochs"])
+
+
+def estimated_seconds(exp: Experiment) -> float:
+    """Return about how long a cell takes on the hardware that its profile's numbers are of."""
+    profile = load_profiles().profile(exp.profile)
+    method, data = profile.methods[exp.base_method], profile.datasets[exp.dataset]
+    how = load_profiles().methods[exp.base_method]
+    steps = training_steps(exp)
+    refreshes = ceil(steps / profile.values["refresh_every"]) if "refresh_every" in how.keys else 0
+    train = steps * data.step_seconds * method.cost + refreshes * method.refresh_seconds
+    return profile.start_seconds + train + evaluation_seconds(exp)
+
+
+def evaluation_seconds(exp: Experiment) -> float:
+    """Return about how long the answers of a cell take, or the held-out loss of a run for tuning."""
+    data = load_profiles().profile(exp.profile).datasets[exp.dataset]
+    if exp.table == TUNING:
+        # A forward pass is a third of a step; rows count, not batches.
+        return data.dev_rows * data.step_seconds / (3 * STEP_ROWS)
+    return (data.test_rows or TASKS[exp.dataset].split(None).rows) * data.answer_seconds

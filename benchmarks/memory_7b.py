@@ -4,6 +4,7 @@
 
 Nothing is allocated: the model is on torch's meta device, the state is counted by `crosslore.memory.state_bytes`. With
 compact gradients a linear layer's gradient is its R (fp32); G of the weight whose basis is being fitted comes and goes.
+"compact-layerwise" holds one gradient at a time, as "layerwise" does; the largest is an embedding's in both.
 Activations are not counted: they depend on batch, length and checkpointing.
 """
 
@@ -18,6 +19,7 @@ from crosslore import LowRankOptimizer, create_optimizer
 from crosslore.memory import state_bytes
 
 OUTPUT = Path(__file__).resolve().parent.parent / "results" / "memory_7b.json"
+MODES = ("full", "layerwise", "compact", "compact-layerwise")
 SIZES = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
          "vocab_size": 32000}  # fmt: skip
 
@@ -32,7 +34,7 @@ def model() -> nn.Module:
 
 
 def gradient_bytes(optimizer: LowRankOptimizer, mode: str) -> int:
-    """Return the bytes of all gradients that are alive together at the end of backward."""
+    """Return the most bytes of gradients alive together: all of them at the end of backward, or the largest one."""
     total = largest = 0
     for g, group in enumerate(optimizer.param_groups):
         for i, weight in enumerate(group["params"]):
@@ -41,7 +43,7 @@ def gradient_bytes(optimizer: LowRankOptimizer, mode: str) -> int:
             compact = sum(4 * torch.Size(block.layout.low_shape).numel() for block in blocks)
             total += compact if mode == "compact" and blocks else whole if mode != "layerwise" else 0
             largest = max(largest, whole)
-    return largest if mode == "layerwise" else total
+    return largest if mode.endswith("layerwise") else total
 
 
 def row(preset: str, rank: int, rule: str, embeddings: str) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def row(preset: str, rank: int, rule: str, embeddings: str) -> dict[str, Any]:
         "preset": preset, "rank": rank, "rule": rule, "embeddings": embeddings,
         "weights": sum(p.numel() * p.element_size() for p in net.parameters()),
         "state": state_bytes(optimizer),
-        **{f"gradients_{mode}": gradient_bytes(optimizer, mode) for mode in ("full", "layerwise", "compact")},
+        **{f"gradients_{mode}": gradient_bytes(optimizer, mode) for mode in MODES},
     }  # fmt: skip
 
 

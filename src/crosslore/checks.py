@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+
 from crosslore.registry import unknown_name
 
 
@@ -58,3 +60,22 @@ def check_bool(name: str, value: object, *, hint: str) -> None:
     """Raise a TypeError unless `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__}). {hint}")
+
+
+def check_limits(accumulation_steps: int, max_grad_norm: float | None, clip: str) -> None:
+    """Raise a TypeError or ValueError for an option out of range."""
+    check_int("accumulation_steps", accumulation_steps, low=1, hint="1: a step for each backward pass.")
+    check_choice("clip", clip, ("weight", "stale-global"))
+    if max_grad_norm is not None:
+        check_float("max_grad_norm", max_grad_norm, low=0.0, low_open=True, hint="None switches clipping off.")
+
+
+def refuse_several_processes(mode: str) -> None:
+    """Raise a ValueError in a process that trains together with others."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            f"{mode} steps one process's gradients, got {torch.distributed.get_world_size()} processes. "
+            "Train with gradients='full' on several GPUs, or on one GPU."
+        )

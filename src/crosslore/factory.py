@@ -9,10 +9,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crosslore.checks import check_bool, check_choice
-from crosslore.compact.attach import WEIGHTS, Weights, attach_compact, refuse_whole_gradients
+from crosslore.compact.attach import (
+    WEIGHTS,
+    Weights,
+    attach_compact,
+    refuse_clip_of_layerwise,
+    refuse_whole_gradients,
+)
 from crosslore.compact.linear import refuse_other_compact
 from crosslore.config import LowRankConfig
-from crosslore.layerwise import Clip, attach_layerwise, refuse_other_layerwise
+from crosslore.hooks import refuse_other_layerwise
+from crosslore.layerwise import Clip, attach_layerwise
 from crosslore.layout import Block
 from crosslore.optimizer import LowRankOptimizer
 from crosslore.planning import plan_blocks
@@ -24,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Names of the paper and of the YAML files, where ours differ.
 PAPER_NAMES = {"alpha": "scale", "warmup_k": "warmup_steps"}
-Gradients = Literal["full", "layerwise", "compact"]
-MODES: tuple[Gradients, ...] = ("full", "layerwise", "compact")
+Gradients = Literal["full", "layerwise", "compact", "compact-layerwise"]
+MODES: tuple[Gradients, ...] = ("full", "layerwise", "compact", "compact-layerwise")
 # Options of `create_optimizer` itself.
 OWN_NAMES = {
     "lr",
@@ -66,10 +73,11 @@ def create_optimizer(
         lr: learning rate per step; the paper uses 1e-6 with scale 16 to 128.
         gradients: "full" (None): as any optimizer. "layerwise": step each weight inside backward and free its gradient;
             see `attach_layerwise`. "compact": layers hand over P^T G, G is not formed; see `attach_compact`.
+            "compact-layerwise": both, the least memory.
         layerwise: gradients="layerwise".
         accumulation_steps: backward passes per step. Not for full gradients.
         max_grad_norm: largest gradient norm, None: no clipping. For full gradients clip before `step()` instead.
-        clip: what that norm is of: "weight" or "stale-global". For layerwise only.
+        clip: what that norm is of: "weight" or "stale-global". For layerwise, compact or not.
         weights: "direct" or "deferred", for compact gradients only; see `attach_compact`.
         foreach: see `LowRankOptimizer`.
         compile: see `LowRankOptimizer`.
@@ -86,17 +94,18 @@ def create_optimizer(
     chosen, model = get_preset(preset), _supported(model)
     options = rule_options(chosen)
     config = _override(chosen.config, options, overrides)
-    refuse_whole_gradients(config.residual if mode == "compact" else None)
+    is_compact, is_layerwise = mode.startswith("compact"), mode.endswith("layerwise")
+    refuse_whole_gradients(config.residual if is_compact else None)
     low_rank = plan_blocks(model, config, explicit=frozenset(overrides))
     frozen = {id(w): w for w in embedding_weights(model).values()} if config.embeddings == "frozen" else {}
     trained = [(plain_name(n), p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in frozen]
     groups = _groups(trained, low_rank, weight_decay=options["weight_decay"])
     optimizer = LowRankOptimizer(groups, lr=lr, **options, config=config, foreach=foreach, compile=compile)
-    if mode == "layerwise":
-        attach_layerwise(optimizer, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, clip=clip)
-    elif mode == "compact":
-        limits: dict[str, Any] = {"accumulation_steps": accumulation_steps, "max_grad_norm": max_grad_norm}
-        attach_compact(optimizer, model, weights=weights, **limits)
+    limits: dict[str, Any] = {"accumulation_steps": accumulation_steps, "max_grad_norm": max_grad_norm, "clip": clip}
+    if is_compact:
+        attach_compact(optimizer, model, weights=weights, layerwise=is_layerwise, **limits)
+    elif is_layerwise:
+        attach_layerwise(optimizer, **limits)
     _freeze(frozen)
     _log_summary(preset, config, low_rank, total=len(trained))
     return optimizer
@@ -128,10 +137,13 @@ def _gradients(gradients: str | None, layerwise: bool, weights: str) -> str:
     if gradients is not None:
         check_choice("gradients", gradients, MODES)
     if layerwise and gradients not in (None, "layerwise"):
-        raise ValueError(f"layerwise=True is gradients='layerwise', got gradients={gradients!r} too. Leave one out.")
+        both = " 'compact-layerwise' is both." if gradients == "compact" else ""
+        raise ValueError(
+            f"layerwise=True is gradients='layerwise', got gradients={gradients!r} too. Leave one out.{both}"
+        )
     mode = gradients or ("layerwise" if layerwise else "full")
     check_choice("weights", weights, WEIGHTS)
-    if weights == "deferred" and mode != "compact":
+    if weights == "deferred" and not mode.startswith("compact"):
         raise ValueError(f"weights='deferred' is for gradients='compact', got gradients={mode!r}. Leave one out.")
     return mode
 
@@ -151,17 +163,14 @@ def _check_mode(
             "accumulation_steps and max_grad_norm are for layerwise=True and gradients='compact', got neither. Call "
             "backward several times and torch.nn.utils.clip_grad_norm_ before step(), or set one of them."
         )
-    if mode == "compact" and clip != "weight":
+    if mode == "compact":
+        refuse_clip_of_layerwise(clip, layerwise=False)
+    if mode.startswith("compact") and compile:
         raise ValueError(
-            f"clip is for layerwise=True, got clip={clip!r} with gradients='compact', which clips the global norm of "
-            "the step itself. Leave it out."
-        )
-    if mode == "compact" and compile:
-        raise ValueError(
-            "compile must be False for gradients='compact': the compiled step takes whole gradients. Leave one out."
+            f"compile must be False for gradients={mode!r}: the compiled step takes whole gradients. Leave one out."
         )
     for name, value in (("compile", compile), ("foreach", foreach)):
-        if mode == "layerwise" and value:
+        if mode.endswith("layerwise") and value:
             raise ValueError(f"{name} must not be True for layerwise=True: weights step one by one. Leave one out.")
     if clip != "weight" and max_grad_norm is None:
         raise ValueError(f"clip={clip!r} needs a max_grad_norm, got None. Give one, e.g. 1.0, with layerwise=True.")

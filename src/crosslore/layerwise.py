@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from crosslore.accumulation import add_gradient_, keep_compact_parts, norm_of, scale_
-from crosslore.checks import check_choice, check_float, check_int
+from crosslore.checks import check_limits, refuse_several_processes
+from crosslore.hooks import GradientHook, refuse_other_layerwise
 from crosslore.step import method_of
 from crosslore.stepping import (
     Item,
@@ -53,9 +54,15 @@ class Layerwise:
     """The hooks of one optimizer, and what they hold between micro-batches. `attach_layerwise` makes one."""
 
     def __init__(
-        self, optimizer: "LowRankOptimizer", *, accumulation_steps: int, max_grad_norm: float | None, clip: Clip
+        self,
+        optimizer: "LowRankOptimizer",
+        *,
+        accumulation_steps: int,
+        max_grad_norm: float | None,
+        clip: Clip,
+        others: frozenset[int] = frozenset(),
     ) -> None:
-        """Register one hook for each trained weight."""
+        """Register one hook for each trained weight but `others`, which somebody else steps; ids."""
         self.optimizer = optimizer
         self.accumulation_steps = accumulation_steps
         self.max_grad_norm, self.clip = max_grad_norm, clip
@@ -71,12 +78,12 @@ class Layerwise:
         self._stepped: set[Tensor] = set()
         self._warned = False
         self._handles: list[Any] = []  # Any: torch's handles
-        self.watch([p for group in optimizer.param_groups for p in group["params"]])
+        self.watch([p for group in optimizer.param_groups for p in group["params"] if id(p) not in others])
 
     def watch(self, weights: list[Tensor]) -> None:
         """Register the hooks of trained weights; frozen ones have no gradient."""
         trained = [weight for weight in weights if weight.requires_grad]
-        self._handles += [weight.register_post_accumulate_grad_hook(self._on_gradient) for weight in trained]
+        self._handles += [weight.register_post_accumulate_grad_hook(GradientHook(self)) for weight in trained]
 
     def detach(self) -> None:
         """Remove the hooks; the optimizer then steps in `step()` as usual. What was collected is stepped first."""
@@ -84,10 +91,12 @@ class Layerwise:
         for handle in self._handles:
             handle.remove()
         self.optimizer.layerwise = None
+        if self.optimizer.compact is not None and self.optimizer.compact.layerwise is not None:
+            self.optimizer.compact.detach()
 
     @torch.no_grad()
     @full_precision()
-    def _on_gradient(self, weight: Tensor) -> None:
+    def on_gradient(self, weight: Tensor) -> None:
         """Take one micro-batch's gradient of a weight; step it if it is the last one."""
         if weight.numel() == 0:
             return
@@ -134,7 +143,7 @@ class Layerwise:
     def _flush(self, weight: Tensor) -> None:
         """Step one weight with what was collected, and forget it."""
         item = self.optimizer.item(*self.optimizer.place(weight))
-        self._warn_of_second_step(weight, item.name)
+        self.warn_of_second_step(weight, item.name)
         held, grad = self._collected.pop(weight, None), weight.grad
         self._counts.pop(weight, None)
         if weight in self._poisoned:
@@ -145,14 +154,13 @@ class Layerwise:
         elif held is not None:
             wait(item, torch.zeros_like(weight))
         elif grad is not None:
-            norm = self._norms[weight]  # of what `.grad` has accumulated
-            self._squares.append(norm * norm)
-            if self.max_grad_norm is not None:
-                grad.mul_(self._clip_factor(norm))
+            factor = self.take_norm(self._norms[weight])  # of what `.grad` has accumulated
+            if factor < 1:
+                grad.mul_(factor)
             full_step(item, grad)
         weight.grad = None
 
-    def _warn_of_second_step(self, weight: Tensor, name: str) -> None:
+    def warn_of_second_step(self, weight: Tensor, name: str) -> None:
         """Warn once if a weight steps twice between two calls of `optimizer.step()`."""
         if weight in self._stepped and not self._warned:
             self._warned = True
@@ -179,6 +187,11 @@ class Layerwise:
                 scale_(pending, factor)
             finish(pending)
 
+    def take_norm(self, norm: float) -> float:
+        """Enter a weight's norm into the books; return what clipping multiplies its gradient by."""
+        self._squares.append(norm * norm)
+        return self._clip_factor(norm) if self.max_grad_norm is not None else 1.0
+
     def _clip_factor(self, norm: float) -> float:
         """Return what a weight's gradient is multiplied by, given its own norm."""
         assert self.max_grad_norm is not None
@@ -191,6 +204,9 @@ class Layerwise:
         """Step the weights that have seen fewer micro-batches than expected."""
         for weight in list(self._counts):
             self._flush(weight)
+        compact = self.optimizer.compact
+        if compact is not None and compact.layerwise is not None:
+            compact.layerwise.finish_micro_batches()
 
     def finish_step(self) -> None:
         """Step what is left and close the step's books."""
@@ -244,23 +260,12 @@ def attach_layerwise(
         raise TypeError(
             f"attach_layerwise takes a LowRankOptimizer, got {type(optimizer).__name__}. Use create_optimizer."
         )
-    check_int("accumulation_steps", accumulation_steps, low=1, hint="1: a step for each backward pass.")
-    check_choice("clip", clip, ("weight", "stale-global"))
-    if max_grad_norm is not None:
-        check_float("max_grad_norm", max_grad_norm, low=0.0, low_open=True, hint="None switches clipping off.")
+    check_limits(accumulation_steps, max_grad_norm, clip)
     refuse_other_layerwise([p for group in optimizer.param_groups for p in group["params"]], optimizer)
     for mode in ("layerwise", "compact"):
         if getattr(optimizer, mode) is not None:
             raise ValueError(f"the optimizer is {mode} already. Call `optimizer.{mode}.detach()` first.")
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        raise ValueError(
-            f"layerwise steps one process's gradients, got {torch.distributed.get_world_size()} processes. "
-            "Train with full gradients on several GPUs, or on one GPU."
-        )
+    refuse_several_processes("layerwise")
     if accumulation_steps > 1:
         _refuse_whole_gradients(optimizer, accumulation_steps)
     optimizer.param_groups[0].setdefault(NORM_KEY, 0.0)  # so that distributed checkpoints have a place for it
@@ -268,18 +273,6 @@ def attach_layerwise(
         optimizer, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, clip=clip
     )
     return optimizer.layerwise
-
-
-def refuse_other_layerwise(weights: list[Tensor], optimizer: "LowRankOptimizer | None" = None) -> None:
-    """Raise a ValueError if one of the weights steps inside backward for another optimizer than this one."""
-    for weight in weights:
-        hooks = (getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values()
-        other = next((owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Layerwise)), None)
-        if other is not None and other.optimizer is not optimizer:
-            raise ValueError(
-                f"a weight of shape {tuple(weight.shape)} steps inside backward for another optimizer already. Call "
-                "that one's `layerwise.detach()` first, or load the model anew."
-            )
 
 
 def _refuse_whole_gradients(optimizer: "LowRankOptimizer", accumulation_steps: int) -> None:

@@ -50,6 +50,26 @@ def test_compact_is_the_default_and_equals_full_gradients(
         assert 0 < ours["grad_norm"] <= theirs["grad_norm"] * (1 + 1e-5)  # of what is applied
 
 
+def test_compact_layerwise_equals_compact_and_logs_the_same_norm(config: dict, tmp_path: Path) -> None:
+    options = {"max_grad_norm": 0.0, "max_steps": 5, "crosslore_moments": "rotate"}
+    compact = train(config, tmp_path / "compact", crosslore_gradients="compact", **options)
+    ours = train(config, tmp_path / "ours", crosslore_gradients="compact-layerwise", **options)
+    assert len(ours) == 5
+    for one, other in zip(ours, compact, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("clip", ["weight", "stale-global"])
+def test_compact_layerwise_clips_and_goes_on(clip: str, config: dict, tmp_path: Path) -> None:
+    options = {"max_grad_norm": 0.01, "crosslore_clip": clip, "crosslore_gradients": "compact-layerwise"}
+    options |= {"gradient_accumulation_steps": 2, "max_steps": 6, "save_steps": 3}
+    whole = train(config, tmp_path / "whole", **options)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    again = train(config, tmp_path / "again", **options)
+    assert [entry["loss"] for entry in again] == [entry["loss"] for entry in whole]
+
+
 @pytest.mark.parametrize("steps", [3, 4])
 def test_any_number_of_micro_batches(steps: int, config: dict, tmp_path: Path) -> None:
     """16 batches of 2 rows: with 3 micro-batches the last step of the epoch has one only."""

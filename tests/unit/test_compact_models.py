@@ -330,7 +330,7 @@ def test_methods_that_need_the_gradient_on_every_step_are_refused(preset: str) -
             "layerwise=True is gradients='layerwise', got gradients='compact'",
         ),
         ({"gradients": "compact", "compile": True}, "compile must be False for gradients='compact'"),
-        ({"gradients": "compact", "clip": "stale-global", "max_grad_norm": 1.0}, "clip is for layerwise=True"),
+        ({"gradients": "compact", "clip": "stale-global", "max_grad_norm": 1.0}, "clip is for layerwise, got clip"),
         ({"gradients": "compact", "max_grad_norm": 0.0}, "max_grad_norm"),
         ({"gradients": "compact", "accumulation_steps": 0}, "accumulation_steps must be an integer >= 1, got 0"),
         ({"max_grad_norm": 1.0}, "accumulation_steps and max_grad_norm are for layerwise=True and gradients='compact'"),

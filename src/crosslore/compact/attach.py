@@ -2,14 +2,15 @@
 
 import logging
 from collections import Counter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from crosslore.checks import check_choice, check_float, check_int
+from crosslore.checks import check_bool, check_choice, check_limits, refuse_several_processes
 from crosslore.compact.gradients import CompactGradients
+from crosslore.compact.layerwise import CompactLayerwise
 from crosslore.compact.linear import reason_not_compact
+from crosslore.layerwise import NORM_KEY, Clip, Layerwise
 from crosslore.targets import plain_name
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def attach_compact(
     accumulation_steps: int = 1,
     max_grad_norm: float | None = None,
     weights: Weights = "direct",
+    layerwise: bool = False,
+    clip: Clip = "weight",
 ) -> CompactGradients:
     """Let the linear layers of `model` hand their compact gradients to `optimizer` from backward.
 
@@ -43,9 +46,14 @@ def attach_compact(
             `torch.nn.utils.clip_grad_norm_` would see the whole gradients only.
         weights: "direct": a step changes the weights. "deferred": it changes a compact tensor beside each, which
             forward adds and which is merged at refreshes and before the weight is read (`optimizer.merge()`).
+        layerwise: step each weight inside backward, those with a whole gradient too, so that one gradient is held at a
+            time (with accumulation: the compact ones). `max_grad_norm` and `clip` then mean what they mean to
+            `attach_layerwise`, of compact gradients.
+        clip: "weight" or "stale-global", for layerwise only.
 
     Returns:
-        The handle, which is also `optimizer.compact`; `detach()` ends it.
+        The handle, which is also `optimizer.compact`; `detach()` ends it. Layerwise, `optimizer.layerwise` is the
+        handle of the weights with whole gradients, and either's `detach()` ends both.
 
     Raises:
         TypeError, ValueError: an argument is out of range, the method needs the gradient itself on every step, several
@@ -56,16 +64,16 @@ def attach_compact(
             f"attach_compact takes a LowRankOptimizer, got {type(optimizer).__name__}. Use create_optimizer."
         )
     check_choice("weights", weights, WEIGHTS)
-    check_int("accumulation_steps", accumulation_steps, low=1, hint="1: a step for each backward pass.")
-    if max_grad_norm is not None:
-        check_float("max_grad_norm", max_grad_norm, low=0.0, low_open=True, hint="None switches clipping off.")
+    check_bool("layerwise", layerwise, hint="It is a switch.")
+    check_limits(accumulation_steps, max_grad_norm, clip)
+    refuse_clip_of_layerwise(clip, layerwise=layerwise)
     if optimizer.layerwise is not None or optimizer.compact is not None:
         mode = "layerwise" if optimizer.layerwise is not None else "compact"
         raise ValueError(f"the optimizer is {mode} already. Call `optimizer.{mode}.detach()` first.")
     for group in optimizer.param_groups:
         if any(group["blocks"]):
             refuse_whole_gradients(group["residual"])
-    _refuse_several_processes()
+    refuse_several_processes("gradients='compact'")
     layers, others = compact_layers(model, {id(weight): weight for weight in low_rank_weights(optimizer)})
     if not layers:
         raise ValueError(f"gradients='compact' finds no layer that can be compact: {_counted(others)}. Use 'full'.")
@@ -73,9 +81,15 @@ def attach_compact(
         optimizer,
         layers,
         accumulation_steps=accumulation_steps,
-        max_grad_norm=max_grad_norm,
+        max_grad_norm=None if layerwise else max_grad_norm,
         deferred=weights == "deferred",
     )
+    if layerwise:
+        compact = frozenset(id(layer.weight) for layer in layers)
+        limits: dict[str, Any] = {"accumulation_steps": accumulation_steps, "max_grad_norm": max_grad_norm}
+        optimizer.layerwise = Layerwise(optimizer, clip=clip, others=compact, **limits)
+        optimizer.param_groups[0].setdefault(NORM_KEY, 0.0)
+        optimizer.compact.layerwise = CompactLayerwise(optimizer.compact, optimizer.layerwise)
     optimizer.compact.summary = summary(layers, others, optimizer)
     logger.info(optimizer.compact.summary)
     return optimizer.compact
@@ -118,6 +132,15 @@ def refuse_whole_gradients(residual: str | None) -> None:
         )
 
 
+def refuse_clip_of_layerwise(clip: str, *, layerwise: bool) -> None:
+    """Raise a ValueError for a way of clipping that gradients='compact' has no use for."""
+    if clip != "weight" and not layerwise:
+        raise ValueError(
+            f"clip is for layerwise, got clip={clip!r} with gradients='compact', which clips the global norm of the "
+            "step itself. Leave it out, or use gradients='compact-layerwise'."
+        )
+
+
 def summary(layers: list[nn.Linear], others: dict[str, str], optimizer: "LowRankOptimizer") -> str:
     """Return one line that says what is compact and what is not."""
     compact = {id(layer.weight): layer.weight.numel() for layer in layers}
@@ -130,13 +153,3 @@ def summary(layers: list[nn.Linear], others: dict[str, str], optimizer: "LowRank
 def _counted(others: dict[str, str]) -> str:
     counts = Counter(others.values())
     return "; ".join(f"{count} x {reason}" for reason, count in counts.items()) or "the model has no nn.Linear"
-
-
-def _refuse_several_processes() -> None:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    if torch.distributed.get_world_size() > 1:
-        raise ValueError(
-            f"gradients='compact' steps one process's gradients, got {torch.distributed.get_world_size()} processes. "
-            "Train with gradients='full' on several GPUs, or on one GPU."
-        )

@@ -8,7 +8,8 @@ it does with whole gradients: their factors are kept until then, or their sum wh
 staggered, so that in all steps but the first this concerns few weights.
 
 `optimizer.step()` knows the compact gradients of all weights before any weight changes, so `max_grad_norm` limits
-their global norm, that of what is applied.
+their global norm, that of what is applied. Layerwise (`compact/layerwise.py`) it is the weight's last use in backward
+that ends a step, and what is held of a weight goes at once.
 """
 
 import logging
@@ -23,6 +24,7 @@ from crosslore.accumulation import add_gradient_, keep_compact_parts, norm_of, s
 from crosslore.compact.begin import Held, begin_compact, entries_of, residual_starts_now, sees_whole
 from crosslore.compact.deferred import can_be_deferred, defer, deferred_of, finish_deferred, undefer
 from crosslore.compact.factors import GradientFactors
+from crosslore.compact.layerwise import CompactLayerwise
 from crosslore.compact.linear import hand_over, take_back
 from crosslore.groups import largest_of_each
 from crosslore.residuals.sparse import kept_positions
@@ -56,6 +58,8 @@ class CompactGradients:
         # Step of each weight's last refresh: a step that is begun again, after its gradient was dropped, has had it.
         self._refreshed: dict[Tensor, int] = {}
         self._last_norm = 0.0
+        # Ends a weight's step inside backward; None: `optimizer.step()` does.
+        self.layerwise: CompactLayerwise | None = None
         # One line: what is compact and what is not.
         self.summary = ""
         for layer in layers:
@@ -66,6 +70,8 @@ class CompactGradients:
 
     def detach(self) -> None:
         """Make the layers ordinary ones again; what they handed over is dropped."""
+        if self.layerwise is not None:
+            self.layerwise.detach()
         for layer in self.layers:
             undefer(layer.weight)
             take_back(layer)
@@ -82,6 +88,8 @@ class CompactGradients:
     def forget(self, *, state_changed: bool = False) -> None:
         """Drop what was handed over, and with another state what is known of the old one."""
         self._held = {}
+        if self.layerwise is not None:
+            self.layerwise.forget()
         if state_changed:
             self._refreshed = {}
 
@@ -143,13 +151,30 @@ class CompactGradients:
     def complete(self) -> None:
         """Begin the steps that have waited for the sum, and add gradients that came without their factors."""
         for weight, held in self._held.items():
-            whole, factors = held.take_sum()
-            if whole is not None:
-                self._begin_whole(held, whole, factors)
-            if weight.grad is not None and held.pendings:  # used outside its layer too
-                self._add_whole(held, weight.grad)
-                weight.grad = None
-                self._stop_deferring(weight, held.item.name)
+            self._complete(weight, held)
+
+    def _complete(self, weight: Tensor, held: Held) -> None:
+        whole, factors = held.take_sum()
+        if whole is not None:
+            self._begin_whole(held, whole, factors)
+        if weight.grad is not None and held.pendings:  # used outside its layer too
+            self._add_whole(held, weight.grad)
+            weight.grad = None
+            self._stop_deferring(weight, held.item.name)
+
+    def holds(self, weight: Tensor) -> bool:
+        """Return whether a step of a weight is in progress."""
+        return weight in self._held
+
+    @torch.no_grad()
+    @full_precision()
+    def finish_layerwise(self, weight: Tensor) -> None:
+        """Step one weight with what its layers handed over, and forget it."""
+        assert self.layerwise is not None
+        held = self._held.pop(weight)
+        self._complete(weight, held)
+        norm = self.layerwise.clip_(held)
+        self._finish([held], [norm if math.isfinite(norm) else math.inf])
 
     def _stop_deferring(self, weight: Tensor, name: str) -> None:
         """Step a weight directly from now on that is read outside its layer, where what is pending is not added."""
@@ -182,6 +207,11 @@ class CompactGradients:
         if not hasattr(self.optimizer, "grad_scale"):
             self.finish_step()
             return True
+        if self.layerwise is not None:
+            raise RuntimeError(
+                "GradScaler is not for gradients='compact-layerwise': the weights have stepped, with the scaled "
+                "gradients, before the scale is undone. Use bf16 or fp32, or gradients='compact'."
+            )
         scale, found = self.optimizer.grad_scale, getattr(self.optimizer, "found_inf", None)
         if scale is None:
             raise RuntimeError(
@@ -202,6 +232,8 @@ class CompactGradients:
         Args:
             factor: on all gradients before anything else: 1 / loss scale.
         """
+        if self.layerwise is not None:
+            return  # `Layerwise.finish_step` has asked for what was left
         self.complete()
         self._scale(factor)
         if self.max_grad_norm is not None:
@@ -209,7 +241,10 @@ class CompactGradients:
             if math.isfinite(norm):
                 self._scale(min(1.0, self.max_grad_norm / (norm + EPS)))
         held, self._held = list(self._held.values()), {}
-        peaks = largest_of_each([[pending.ctx.low for pending in one.pendings] for one in held])
+        self._finish(held, largest_of_each([[pending.ctx.low for pending in one.pendings] for one in held]))
+
+    def _finish(self, held: list[Held], peaks: list[float]) -> None:
+        """Step weights, but for those whose largest entry is infinite."""
         waiting: dict[int, list[Pending]] = defaultdict(list)
         foreach = self.optimizer.foreach
         if foreach is None:

@@ -36,7 +36,7 @@ CONFIG_FIELDS = {
     "crosslore_seed": "seed",
 }
 # How gradients come: "auto" is compact where that is possible, else full.
-GRADIENTS = ("auto", "compact", "full", "layerwise")
+GRADIENTS = ("auto", "compact", "compact-layerwise", "full", "layerwise")
 # Options of other methods, which this type refuses.
 OTHER_METHODS = (
     "LoraArguments",
@@ -79,7 +79,8 @@ class CrossLoreArguments:
         default="auto",
         metadata={
             "help": "CrossLore: compact (linear layers hand over P^T G only), layerwise (step inside backward, free "
-            "each gradient) or full. Default: auto, which is compact where that is possible, else full."
+            "each gradient), compact-layerwise (both: the least memory) or full. Default: auto, which is compact where "
+            "that is possible, else full."
         },
     )
     crosslore_clip: str = field(

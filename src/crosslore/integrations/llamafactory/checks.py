@@ -22,10 +22,10 @@ def check_run(parsed: tuple[Any, ...]) -> None:
         _refuse_quantised(by_name["ModelArguments"])
     _refuse_sharding(training)
     choose_rule(training.optim)
-    if training.do_train and finetuning.crosslore_gradients in ("layerwise", "compact"):
+    if training.do_train and finetuning.crosslore_gradients not in ("full", "auto"):
         _check_processes(training, finetuning.crosslore_gradients)
-    if training.do_train and finetuning.crosslore_gradients == "layerwise":
-        _check_layerwise(training)
+    if training.do_train and finetuning.crosslore_gradients.endswith("layerwise"):
+        _check_layerwise(training, finetuning.crosslore_gradients)
 
 
 def check_sharding_keys(args: dict[str, Any]) -> None:  # Any: values of a configuration
@@ -44,12 +44,12 @@ def _check_processes(training: Any, gradients: str) -> None:  # Any: LLaMA-Facto
         )
 
 
-def _check_layerwise(training: Any) -> None:  # Any: LLaMA-Factory's TrainingArguments
+def _check_layerwise(training: Any, gradients: str) -> None:  # Any: LLaMA-Factory's TrainingArguments
     """Refuse what needs the gradients that layerwise frees."""
     if training.fp16:
         raise ValueError(
-            "fp16 must be false with crosslore_gradients 'layerwise': the loss scaling is undone after backward, when "
-            "the weights have stepped. Use bf16 or fp32, or crosslore_gradients: full."
+            f"fp16 must be false with crosslore_gradients {gradients!r}: the loss scaling is undone after backward, "
+            "when the weights have stepped. Use bf16 or fp32, or crosslore_gradients: full."
         )
 
 

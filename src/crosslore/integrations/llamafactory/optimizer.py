@@ -86,14 +86,16 @@ def create_crosslore_optimizer(model: nn.Module, training_args: Any, finetuning_
         )
     except ValueError as error:  # its names are those of Python
         raise ValueError(str(error).replace("`targets`", "`crosslore_target`")) from None
-    if gradients in ("auto", "compact"):
+    if gradients in ("auto", "compact", "compact-layerwise"):
         _let_be_compact(optimizer, model, training_args, finetuning_args)
     return optimizer
 
 
 def _let_be_compact(optimizer: LowRankOptimizer, model: nn.Module, training_args: Any, finetuning_args: Any) -> None:
     """Switch to compact gradients; where that is impossible raise if they were asked for, else say why not."""
-    asked = finetuning_args.crosslore_gradients == "compact" or finetuning_args.crosslore_weights == "deferred"
+    gradients = finetuning_args.crosslore_gradients
+    asked = gradients.startswith("compact") or finetuning_args.crosslore_weights == "deferred"
+    layerwise = gradients == "compact-layerwise"
     logger_of_factory = importlib.import_module("llamafactory.extras.logging").get_logger("llamafactory.crosslore")
     try:
         if training_args.fp16 and not asked:
@@ -104,6 +106,8 @@ def _let_be_compact(optimizer: LowRankOptimizer, model: nn.Module, training_args
             accumulation_steps=training_args.gradient_accumulation_steps,
             max_grad_norm=training_args.max_grad_norm or None,
             weights=finetuning_args.crosslore_weights,
+            layerwise=layerwise,
+            clip=finetuning_args.crosslore_clip if layerwise and training_args.max_grad_norm else "weight",
         )
     except ValueError as error:
         if asked:

@@ -1,0 +1,93 @@
+"""Compact gradients, layerwise: a weight steps inside backward, when the last layer that uses it has handed over R.
+
+Nothing is held of a weight that has stepped, so of all gradients only one is alive at a time, as in `layerwise`; but
+that of a linear layer is never formed between refreshes. Weights that keep their whole gradient step through
+`crosslore.layerwise`, whose books (norms, the factor of clipping) are those of both.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+from weakref import WeakMethod, ref
+
+import torch
+from torch import Tensor
+
+from crosslore.accumulation import norm_of, scale_
+from crosslore.compact.begin import Held
+from crosslore.layerwise import Layerwise
+
+if TYPE_CHECKING:
+    from crosslore.compact.gradients import CompactGradients
+
+
+class CompactLayerwise:
+    """What ends the steps of compact layers inside backward."""
+
+    def __init__(self, compact: "CompactGradients", books: Layerwise) -> None:
+        """Ask autograd to say when a backward pass is done with a weight."""
+        self._compact, self.books = ref(compact), books
+        self._passes: dict[Tensor, int] = {}
+        self._nodes: list[Any] = []  # Any: torch's nodes; alive only as long as somebody holds them
+        self._handles: list[Any] = []
+        for weight in {id(layer.weight): layer.weight for layer in compact.layers}.values():
+            node = torch.autograd.graph.get_gradient_edge(weight).node
+            self._nodes.append(node)
+            self._handles.append(node.register_hook(_Done(self, weight)))
+
+    def on_pass(self, weight: Tensor) -> None:
+        """Count a backward pass that has used a weight; step it if it is the last one of the step."""
+        compact = self._compact()
+        if compact is None or not compact.holds(weight):
+            return
+        self._passes[weight] = self._passes.get(weight, 0) + 1
+        if self._passes[weight] == self.books.accumulation_steps:
+            self._finish(compact, weight)
+
+    def finish_micro_batches(self) -> None:
+        """Step the weights that have seen fewer backward passes than expected."""
+        compact = self._compact()
+        for weight in list(self._passes) if compact is not None else []:
+            self._finish(compact, weight)  # type: ignore[arg-type]
+
+    def _finish(self, compact: "CompactGradients", weight: Tensor) -> None:
+        self._passes.pop(weight)
+        self.books.warn_of_second_step(weight, compact.optimizer.item(*compact.optimizer.place(weight)).name)
+        compact.finish_layerwise(weight)
+
+    def clip_(self, held: Held) -> float:
+        """Return the norm of a weight's compact gradient, before what clipping makes of it."""
+        norm = math.sqrt(sum(norm_of(pending.ctx.low) ** 2 for pending in held.pendings))
+        if math.isfinite(norm) and not held.poisoned:
+            factor = self.books.take_norm(norm)
+            if factor < 1:
+                for pending in held.pendings:
+                    scale_(pending, factor)
+        return norm
+
+    def forget(self) -> None:
+        """Drop the counts."""
+        self._passes = {}
+
+    def detach(self) -> None:
+        """Step what is left, remove the hooks, and those of the weights with whole gradients."""
+        self.finish_micro_batches()
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._nodes = [], []
+        compact = self._compact()
+        if compact is not None:
+            compact.layerwise = None  # before the other half comes here again
+        if self.books.optimizer.layerwise is self.books:
+            self.books.detach()
+
+
+class _Done:
+    """A hook of the node that would accumulate a weight's gradient: it runs once all uses of the weight are through."""
+
+    def __init__(self, owner: CompactLayerwise, weight: Tensor) -> None:
+        self._call, self._weight = WeakMethod(owner.on_pass), ref(weight)
+
+    def __call__(self, grad_inputs: Any, grad_outputs: Any) -> None:  # Any: torch's own tuples
+        call, weight = self._call(), self._weight()
+        if call is not None and weight is not None:
+            call(weight)

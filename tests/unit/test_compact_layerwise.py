@@ -1,0 +1,199 @@
+"""Compact gradients whose weights step inside backward: the method of `compact`, the memory of one weight."""
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from crosslore import LowRankOptimizer, create_optimizer
+from crosslore.compact.gradients import CompactGradients
+from crosslore.compact.linear import CompactLinear
+
+from .test_compact import LINEAR, OPTIONS, llama, loss_of, options_of, train
+from .test_compact_models import Mixed
+
+PLUS = {"lr": 1e-3, "rank": 8, "scale": 1.0, "refresh_every": 5, "moments": "rotate"}
+
+
+def ends(method: str, modes: tuple[dict[str, Any], ...], *, parts: int = 1, steps: int = 16, **more: Any) -> float:
+    """Return the largest relative difference of a weight after training in two modes."""
+    preset, options = options_of(method)
+    found = []
+    for mode in modes:
+        model = llama()
+        if (reentrant := more.get("reentrant")) is not None:
+            model.config.use_cache = False
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        optimizer = create_optimizer(model, preset, **options, accumulation_steps=parts, **mode)
+        train(optimizer, model, range(steps), parts=parts)
+        optimizer.merge()
+        found.append([p.detach() for p in model.parameters()])
+    return max(float((a - b).norm() / a.norm()) for a, b in zip(*found, strict=True))
+
+
+COMPACT, BOTH = {"gradients": "compact"}, {"gradients": "compact-layerwise"}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("method", ["crosslore", "crosslore-no-warmup", "crosslore-select", "plus-window", "galore"])
+def test_it_is_the_method_of_compact(method: str, parts: int) -> None:
+    assert ends(method, (COMPACT, BOTH), parts=parts) < 1e-9
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
+    assert ends("crosslore", (COMPACT, BOTH), reentrant=reentrant) < 1e-9
+
+
+@pytest.mark.parametrize("method", ["crosslore", "plus"])
+def test_deferred_weights_step_inside_backward_too(method: str) -> None:
+    assert ends(method, (COMPACT, {**BOTH, "weights": "deferred"})) < 1e-9
+
+
+@pytest.mark.parametrize("clip", ["weight", "stale-global"])
+def test_without_accumulation_clipping_is_that_of_layerwise(clip: str) -> None:
+    # Stale-global sums norms of compact gradients here, and of whole ones there: a full basis keeps all of a norm. (Its
+    # directions without any gradient are arbitrary, so the comparison ends with the first interval.)
+    options = {**PLUS, "rank": 64, "targets": ["q_proj"]} if clip == "stale-global" else PLUS
+    limits: dict[str, Any] = {"max_grad_norm": 0.01, "clip": clip}
+    found = []
+    for more in ({"gradients": "layerwise", **limits}, {"gradients": "compact-layerwise", **limits}, {}):
+        model = llama(num_hidden_layers=1)
+        train(create_optimizer(model, "crosslore_plus", **options, **more), model, range(5))
+        found.append([p.detach() for p in model.parameters()])
+    ours, theirs, unclipped = found
+    same = max(float((a - b).norm() / a.norm()) for a, b in zip(ours, theirs, strict=True))
+    other = max(float((a - b).norm() / a.norm()) for a, b in zip(ours, unclipped, strict=True))
+    assert same < 1e-9 and other > 1e-5
+
+
+def handle(optimizer: LowRankOptimizer) -> CompactGradients:
+    assert optimizer.compact is not None
+    return optimizer.compact
+
+
+def test_weights_have_stepped_and_nothing_is_held_after_backward() -> None:
+    model = llama()
+    optimizer = create_optimizer(model, "crosslore", **OPTIONS, **BOTH)
+    for step in range(9):
+        before = [p.detach().clone() for p in model.parameters()]
+        loss_of(model, step).backward()
+        assert all(p.grad is None for p in model.parameters())
+        assert not any(handle(optimizer).holds(p) for p in model.parameters())
+        assert all(not torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True))
+        stepped = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        assert all(torch.equal(old, p) for old, p in zip(stepped, model.parameters(), strict=True))
+
+
+def test_one_compact_gradient_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    optimizer = create_optimizer(model, "crosslore", **OPTIONS, **BOTH)
+    alive: list[int] = []
+    take = CompactGradients.take
+
+    def counted(self: CompactGradients, weight: torch.Tensor, factors: Any) -> None:
+        take(self, weight, factors)
+        alive.append(sum(self.holds(p) for p in model.parameters()))
+
+    monkeypatch.setattr(CompactGradients, "take", counted)
+    handle(optimizer).detach()
+    optimizer = create_optimizer(model, "crosslore", **OPTIONS, **BOTH)
+    train(optimizer, model, range(3))
+    assert len(alive) == 3 * 2 * len(LINEAR) and set(alive) == {1}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_layers_used_twice_shared_or_elsewhere_train_alike(parts: int) -> None:
+    found = []
+    for mode in ({"gradients": "full"}, {**BOTH, "accumulation_steps": parts}):
+        model = Mixed()
+        optimizer = create_optimizer(model, "golore", **PLUS, random_after=0, **mode)
+        train(optimizer, model, range(12), parts=parts)
+        found.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_fewer_backward_passes_than_announced_are_finished_by_step() -> None:
+    found = []
+    for mode in (COMPACT, BOTH):
+        model = llama()
+        optimizer = create_optimizer(model, "crosslore_plus", **PLUS, **mode, accumulation_steps=3)
+        train(optimizer, model, range(7), parts=2)
+        found.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_the_norm_is_that_of_what_is_applied() -> None:
+    norms = []
+    for mode in (COMPACT, BOTH):
+        model = llama()
+        optimizer = create_optimizer(model, "crosslore_plus", **PLUS, **mode)
+        loss_of(model, 0).backward()
+        norms.append((optimizer.layerwise or handle(optimizer)).grad_norm())
+    assert norms[1] == pytest.approx(norms[0], rel=1e-9)
+
+
+def test_a_gradient_that_is_not_finite_skips_its_weights() -> None:
+    model = llama()
+    optimizer = create_optimizer(model, "crosslore_plus", **PLUS, **BOTH)
+    train(optimizer, model, range(2))
+    before = [p.detach().clone() for p in model.parameters()]
+    (loss_of(model, 2) * float("nan")).backward()
+    optimizer.step()
+    assert all(torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True))
+    assert len(optimizer.nonfinite_skips) == len(before)
+    train(optimizer, model, range(3, 5))
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("half", ["compact", "layerwise"])
+def test_detaching_either_half_goes_back_to_whole_gradients(half: str) -> None:
+    model = llama()
+    optimizer = create_optimizer(model, "crosslore_plus", **PLUS, **BOTH)
+    train(optimizer, model, range(3))
+    getattr(optimizer, half).detach()
+    assert optimizer.compact is None and optimizer.layerwise is None
+    assert not any(isinstance(module, CompactLinear) for module in model.modules())
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(model, 3).backward()
+    assert all(p.grad is not None and torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True))
+    optimizer.step()
+    assert all(not torch.equal(old, p) for old, p in zip(before, model.parameters(), strict=True))
+
+
+def test_resume_is_exact() -> None:
+    model, copy = llama(), llama()
+    optimizer = create_optimizer(model, "crosslore", **OPTIONS, **BOTH)
+    train(optimizer, model, range(6))
+    copy.load_state_dict(model.state_dict())
+    again = create_optimizer(copy, "crosslore", **OPTIONS, **BOTH)
+    again.load_state_dict(optimizer.state_dict())
+    for one, net in ((optimizer, model), (again, copy)):
+        train(one, net, range(6, 12))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("gradients", ["layerwise", "compact-layerwise"])
+def test_model_and_optimizer_can_be_freed(gradients: str) -> None:
+    model = llama()
+    optimizer = create_optimizer(model, "crosslore", **OPTIONS, gradients=gradients)
+    train(optimizer, model, range(3))
+    weight = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    del optimizer, model
+    gc.collect()
+    assert weight() is None
+
+
+def test_loss_scaling_is_refused() -> None:
+    layer = nn.Sequential(nn.Linear(16, 16))
+    optimizer = create_optimizer(layer, "galore", lr=1e-3, rank=4, **BOTH)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(layer(torch.ones(2, 16)).sum()).backward()
+    with pytest.raises(RuntimeError, match="GradScaler is not for gradients='compact-layerwise'"):
+        scaler.step(optimizer)

@@ -10,6 +10,9 @@ from crosslore_eval.metrics.base import Array, Statistics
 DEFAULT_SAMPLES = 1000
 DEFAULT_SEED = 12345
 LEVEL_PERCENT = 95.0
+# Of a 95 % interval: 5 samples beyond each end, where fewer would leave the ends to chance.
+LEAST_SAMPLES = 200
+MOST_SAMPLES = 1_000_000
 # Samples drawn at once: bounds memory at 256 x examples numbers.
 CHUNK = 256
 
@@ -30,8 +33,13 @@ class Difference:
     value_b: float
     # of B - A, by paired bootstrap
     interval: Interval
-    # two-sided, by approximate randomisation
+    # two-sided, by approximate randomisation; never below 1 / (samples + 1), which says "no swap went as far"
     p_value: float
+
+
+def smallest_p_value(samples: int) -> float:
+    """Return the smallest p-value that so many swaps can show."""
+    return 1 / (samples + 1)
 
 
 def _samples(examples: int, samples: int, seed: int) -> Iterator[Array]:

@@ -56,6 +56,9 @@ def _check_folder(what: str, folder: Path) -> None:
 
 
 def _check_on_hub(option: str, name: str) -> None:
+    if Path(name).exists():
+        folder = Path(name).parent
+        raise EvalError(f"{option} must be a folder with a model, got the file {name}. Give its folder, {folder}.")
     reason = _missing_on_hub(name) if name.count("/") == 1 else "no name on the hub looks like this"
     if reason is not None:
         raise EvalError(

@@ -7,19 +7,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from crosslore_eval import bootstrap, report
+from crosslore_eval import picture, report
+from crosslore_eval.comparison import Comparison, check_same_references, compare_results
 from crosslore_eval.errors import EvalError
-from crosslore_eval.inputs import read_outputs
 from crosslore_eval.options import build_parser
-from crosslore_eval.protocols import Missing, find_protocol
-from crosslore_eval.scoring import Report, compare_corpora, corpus_of, references_of, score_corpus
+from crosslore_eval.protocols import Results, find_protocol
+from crosslore_eval.scoring import Report, read_corpus, report_of, warnings_of
 from crosslore_eval.tasks import TASKS, find_task
 from crosslore_eval.tasks.base import Example, Task
 from crosslore_eval.tasks.loading import load_rows
 
 SCORING_PACKAGES = ("numpy", "sacrebleu", "nltk", "rouge_score", "rouge_chinese", "jieba", "pycocoevalcap", "rich")
 GENERATION_PACKAGES = ("torch", "transformers", "tqdm")
-MOST_SAMPLES = 1_000_000
 DEFAULT_OUT = Path("saves") / "eval"
 
 
@@ -92,16 +91,10 @@ def _examples(task: Task, args: argparse.Namespace) -> list[Example]:
     return examples[: args.limit]
 
 
-def _check_samples(name: str, samples: int) -> None:
-    if not (0 if name == "confidence" else 1) <= samples <= MOST_SAMPLES:
-        raise EvalError(f"--{name} must be a number of bootstrap samples in [1, {MOST_SAMPLES}], got {samples}.")
-
-
 def _check_scoring(args: argparse.Namespace) -> None:
     """Raise for a wrong option of scoring before the long part."""
     find_protocol(find_task(args.task).protocols, args.protocol)
-    _check_samples("confidence", args.confidence)
-    report.check_picture(args.plot)
+    picture.check_picture(args.plot)
 
 
 def score(args: argparse.Namespace) -> None:
@@ -112,23 +105,28 @@ def score(args: argparse.Namespace) -> None:
 
 def _score(args: argparse.Namespace, predictions: Path, *, references_file: Path | None, data: Path | None) -> None:
     task = find_task(args.task)
-    outputs = read_outputs(predictions)
-    references = references_of(outputs, task=task, file=references_file, data=data, split=args.split)
+    corpus = read_corpus(predictions, task=task, references=references_file, data=data, split=args.split)
     protocol = find_protocol(task.protocols, args.protocol)
-    found = score_corpus(task, protocol, corpus_of(outputs, references, task=task), samples=args.confidence)
-    for result in found.scores:
-        if result.value is None:
-            print(f"warning: {result.name} was not computed: {result.reason}", file=sys.stderr)
+    results = protocol.score(corpus)
+    _warn(results)
+    found = report_of(task.name, protocol, corpus, results, samples=args.confidence)
     _show(found, args)
     if args.plot is not None:
-        report.draw({predictions.stem: found}, args.plot)
+        picture.draw({predictions.stem: found}, args.plot)
 
 
-def _show(found: Report, args: argparse.Namespace) -> None:
+def _warn(results: Results) -> None:
+    for warning in warnings_of(results):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _show(found: Report | Comparison, args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
-    else:
+    elif isinstance(found, Report):
         report.print_report(found)
+    else:
+        report.print_comparison(found)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -150,60 +148,56 @@ def compare(args: argparse.Namespace) -> None:
     """Compare two systems on the same examples."""
     task = find_task(args.task)
     protocol = find_protocol(task.protocols, args.protocol)
-    _check_samples("samples", args.samples)
-    report.check_picture(args.plot)
-    corpora = []
-    for path in (args.a, args.b):
-        outputs = read_outputs(path)
-        references = references_of(outputs, task=task, file=args.references, data=args.data, split=args.split)
-        corpora.append(corpus_of(outputs, references, task=task))
-    found = compare_corpora(protocol, *corpora, samples=args.samples)
-    title = f"{task.name}, protocol {protocol.name}, {len(corpora[0].predictions)} examples, A {args.a}, B {args.b}"
-    if args.json:
-        scores = {
-            name: {"value": None, "error": result.reason}
-            if isinstance(result, Missing)
-            else {
-                "a": result.value_a,
-                "b": result.value_b,
-                "difference": result.value_b - result.value_a,
-                "confidence_95": [result.interval.low, result.interval.high],
-                "p_value": result.p_value,
-            }
-            for name, result in found.items()
-        }
-        bootstrapped = {"samples": args.samples, "seed": bootstrap.DEFAULT_SEED}
-        fields = {"task": task.name, "protocol": protocol.name, "n": len(corpora[0].predictions)}
-        print(json.dumps({**fields, "bootstrap": bootstrapped, "scores": scores}, indent=2))
-    else:
-        report.print_comparison(title, found)
+    picture.check_picture(args.plot)
+    a, b = (
+        read_corpus(path, task=task, references=args.references, data=args.data, split=args.split)
+        for path in (args.a, args.b)
+    )
+    check_same_references(a, b)
+    results = {"A": protocol.score(a), "B": protocol.score(b)}
+    _warn(results["A"])
+    found = Comparison(
+        task=task.name,
+        protocol=protocol.name,
+        n=len(a.predictions),
+        a=str(args.a),
+        b=str(args.b),
+        samples=args.samples,
+        scores=compare_results(protocol, results["A"], results["B"], samples=args.samples),
+    )
+    _show(found, args)
     if args.plot is not None:
-        systems = zip((args.a, args.b), corpora, strict=True)
-        named = {f"{letter} {path.stem}": (path, corpus) for letter, (path, corpus) in zip("AB", systems, strict=True)}
-        reports = {name: score_corpus(task, protocol, c, samples=args.samples) for name, (_, c) in named.items()}
-        report.draw(reports, args.plot)
+        corpora = {"A": (args.a, a), "B": (args.b, b)}
+        reports = {
+            f"{letter} {path}": report_of(task.name, protocol, corpus, results[letter], samples=args.samples)
+            for letter, (path, corpus) in corpora.items()
+        }
+        picture.draw(reports, args.plot)
 
 
 def tasks(args: argparse.Namespace) -> None:
     """List the tasks."""
-    described = {
-        name: {
-            "summary": task.summary,
-            "version": task.version,
-            "protocols": {protocol.name: protocol.summary for protocol in task.protocols},
-            "splits": {split.name: split.rows for split in task.splits},
-            "files": [split.file for split in task.splits],
-            "hub": task.hub.path if task.hub else None,
-            "max_new_tokens": task.max_new_tokens,
-        }
-        for name, task in TASKS.items()
-    }
     if args.json:
-        print(json.dumps(described, indent=2))
+        print(json.dumps({name: _described(task) for name, task in TASKS.items()}, indent=2))
         return
     for name, task in TASKS.items():
         print(f"{name}: {task.summary} (version {task.version})")
         for protocol in task.protocols:
             print(f"  --protocol {protocol.name}: {protocol.summary}")
-        print(f"  data: {', '.join(f'{split.file} ({split.rows} rows)' for split in task.splits)}")
+        for short, split in task.splits_by_name.items():
+            default = ", the default" if short == task.test_split else ""
+            print(f"  --split {short}{default}: {split.file} ({split.rows} rows)")
         print(f"  hub: {task.hub.path if task.hub else 'none'}")
+
+
+def _described(task: Task) -> dict[str, object]:
+    splits = {name: {"file": split.file, "rows": split.rows} for name, split in task.splits_by_name.items()}
+    return {
+        "summary": task.summary,
+        "version": task.version,
+        "protocols": {protocol.name: protocol.summary for protocol in task.protocols},
+        "splits": splits,
+        "default_split": task.test_split,
+        "hub": task.hub.path if task.hub else None,
+        "max_new_tokens": task.max_new_tokens,
+    }

@@ -8,6 +8,17 @@ class EvalError(ValueError):
     """Something that the user gave cannot be used; the message says what, its value, what is allowed, what to do."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 example", "2 examples"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def shown(value: object) -> str:
+    """Return a value for a message, cut to one short line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> EvalError:
     """Return the error for a name that is not in `known`, with the nearest one.
 

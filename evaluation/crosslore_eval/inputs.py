@@ -1,20 +1,19 @@
-"""Outputs and references from files, aligned one-to-one or refused."""
+"""Outputs and references from files."""
 
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
-from crosslore_eval.errors import EvalError
-from crosslore_eval.tasks.base import Task, shown
+from crosslore_eval.errors import EvalError, shown
+from crosslore_eval.tasks.base import Task
 from crosslore_eval.tasks.files import Located, decode, read_rows
 
 logger = logging.getLogger(__name__)
 
 PREDICTION_FIELDS = ("prediction", "predict")
-# A list of texts, then single ones: ours, GSM8K's, MAWPS', LLaMA-Factory's, and the data sets'.
+# A list of texts, then single ones: ours, GSM8K's, MAWPS', LLaMA-Factory's, and the data sets' (E2E's on the hub last).
 REFERENCES_FIELD = "references"
 REFERENCE_FIELDS = ("answer", "ans", "reference", "ref", "label", "output", "highlights", "summary", "human_reference")
 INPUT_FIELDS = ("input", "mr", "MR", "meaning_representation")
@@ -32,6 +31,8 @@ class Outputs:
     inputs: list[str] | None = None
     # inputs with a template around them
     prompts: list[str] | None = None
+    # of each row in the file, for messages; text files have none
+    places: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class References:
     inputs: list[str] | None = None
     # For each example the positions of its references among all rows; None: they follow each other.
     rows: list[list[int]] | None = None
+    # where each example's (first) reference was read, for messages
+    places: list[str] | None = None
 
 
 def _read_bytes(path: Path, *, option: str) -> bytes:
@@ -81,7 +84,7 @@ def read_outputs(path: Path) -> Outputs:
         raise EvalError(f"{path} is empty: expected one output a line, or jsonl with a field `prediction`.")
     if not _is_structured(path, text):
         return Outputs(path=path, predictions=_lines(text))
-    rows = read_rows(data, path=path, columns=PREDICTION_FIELDS[:1])
+    rows = _rows(data, path=path)
     predictions = [_prediction(place, fields) for place, fields in rows]
     _check_complete(path, rows)
     references = [_references(fields) for _, fields in rows]
@@ -90,7 +93,36 @@ def read_outputs(path: Path) -> Outputs:
     if held and len(held) < len(rows):
         place = rows[next(i for i, found in enumerate(references) if found is None)][0]
         raise EvalError(f"{place}: expected references as in the other rows, got none.")
-    return Outputs(path=path, predictions=predictions, references=held or None, inputs=_inputs(rows), prompts=prompts)
+    return Outputs(
+        path=path,
+        predictions=predictions,
+        references=held or None,
+        inputs=_inputs(rows),
+        prompts=prompts,
+        places=[place for place, _ in rows],
+    )
+
+
+def _rows(data: bytes, *, path: Path) -> list[Located]:
+    """Return the rows of a structured file, whatever its columns; `references` in a csv cell may be a JSON list."""
+    rows = read_rows(data, path=path, columns=())
+    if not rows:
+        raise EvalError(f"{path} holds no rows: expected one for each example. Take the whole file.")
+    if ".csv" in path.suffixes[-2:]:
+        for _, fields in rows:
+            if REFERENCES_FIELD in fields:
+                fields[REFERENCES_FIELD] = _list_in(fields[REFERENCES_FIELD])
+    return rows
+
+
+def _list_in(cell: object) -> object:
+    """Return the list that a csv cell holds as JSON, else the cell as it is."""
+    if not isinstance(cell, str) or not cell.lstrip().startswith("["):
+        return cell
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
 
 
 def _prediction(place: str, fields: dict[str, object]) -> str:
@@ -144,7 +176,7 @@ def read_references(path: Path, *, task: Task, count: int) -> References:
 
     Args:
         path: text (one reference a line, or the e2e-metrics layout: the references of one example on lines of their
-            own, examples separated by an empty line), jsonl, json, or csv with the task's columns.
+            own, examples separated by an empty line), or jsonl, json or csv with one of the fields of references.
         task: whose rows with equal inputs are grouped if it says so.
         count: number of outputs: tells one example with several references from several examples with one.
 
@@ -156,103 +188,63 @@ def read_references(path: Path, *, task: Task, count: int) -> References:
     if not text.strip():
         raise EvalError(f"--references: {path} is empty.")
     if not _is_structured(path, text):
-        return References(source=str(path), texts=_blocks(path, text, task=task, count=count))
-    rows = read_rows(data, path=path, columns=task.fields)
+        return _blocks(path, text, task=task, count=count)
+    rows = _rows(data, path=path)
     found = [_references(fields) for _, fields in rows]
     for (place, fields), texts in zip(rows, found, strict=True):
         if texts is None:
             raise EvalError(
                 f"{place}: expected a reference: `references` (a list) or one of {', '.join(REFERENCE_FIELDS)}; got "
-                f"{', '.join(fields) or 'none'}."
+                f"{', '.join(fields) or 'none'}. Give the field or column with the reference one of these names."
             )
-    return grouped(str(path), [texts or [] for texts in found], _inputs(rows), task=task)
+    places = [place for place, _ in rows]
+    return grouped(str(path), [texts or [] for texts in found], _inputs(rows), task=task, places=places)
 
 
-def _blocks(path: Path, text: str, *, task: Task, count: int) -> list[list[str]]:
+def _blocks(path: Path, text: str, *, task: Task, count: int) -> References:
     """Return the references of text in the e2e-metrics layout, or with one reference a line."""
+    skipped = len(_lines(text[: len(text) - len(text.lstrip("\r\n"))]))
     lines = [line.strip() for line in _lines(text.strip("\r\n"))]
+    places = [f"{path}, line {number}" for number in range(skipped + 1, skipped + len(lines) + 1)]
     if "" not in lines:
         if task.groups_rows and count == 1 and len(lines) > 1:
             logger.warning("%s: %d lines for one output: all of them are its references", path, len(lines))
-            return [lines]
-        return [[line] for line in lines]
+            return References(source=str(path), texts=[lines], places=places[:1])
+        return References(source=str(path), texts=[[line] for line in lines], places=places)
     blocks: list[list[str]] = [[]]
-    for number, line in enumerate(lines, start=1):
+    starts: list[str] = []
+    for line, place in zip(lines, places, strict=True):
         if line:
+            starts += [] if blocks[-1] else [place]
             blocks[-1].append(line)
         elif blocks[-1]:
             blocks.append([])
         else:
             raise EvalError(
-                f"{path}, line {number}: example {len(blocks)} has no reference (an empty line after an empty line). "
+                f"{place}: example {len(blocks)} has no reference (an empty line after an empty line). "
                 "One empty line separates two examples."
             )
-    return blocks
+    return References(source=str(path), texts=blocks[: len(starts)], places=starts)  # a last line of spaces starts none
 
 
-def grouped(source: str, texts: list[list[str]], inputs: list[str] | None, *, task: Task) -> References:
-    """Return references, rows of equal input put together in order of first appearance if the task says so."""
+def grouped(
+    source: str, texts: list[list[str]], inputs: list[str] | None, *, task: Task, places: list[str] | None = None
+) -> References:
+    """Return references, rows of equal input put together in order of first appearance if the task says so.
+
+    Args:
+        source: of the references, for messages.
+        texts: the references of each row.
+        inputs: of each row; None if they are not known.
+        task: says whether rows of equal input are one example.
+        places: of each row, for messages.
+    """
     if not task.groups_rows or inputs is None:
-        return References(source=source, texts=texts, inputs=inputs)
+        return References(source=source, texts=texts, inputs=inputs, places=places)
     found: dict[str, list[int]] = {}
     for row, key in enumerate(inputs):
         found.setdefault(key, []).append(row)
     rows = list(found.values())
     together = [[text for row in own for text in texts[row]] for own in rows]
-    return References(source=source, texts=together, inputs=list(found), rows=rows)
-
-
-def align(outputs: Outputs, references: References, *, task: Task) -> tuple[list[str], list[list[str]]]:
-    """Return outputs and references, one output an example.
-
-    A file with one output for each reference row of a task that has several an example, as LLaMA-Factory's `predict`
-    writes it, keeps the first output of each example; that outputs of one example differ is warned about.
-
-    Raises:
-        EvalError: if the numbers do not agree; says which example or line is the first without its partner.
-    """
-    predictions, texts = list(outputs.predictions), references.texts
-    rows = sum(map(len, texts))
-    while len(predictions) > len(texts) and len(predictions) != rows and not predictions[-1].strip():
-        predictions.pop()
-    if len(predictions) < len(outputs.predictions):
-        extra = len(outputs.predictions) - len(predictions)
-        logger.warning("%s: %d empty lines at the end left out", outputs.path, extra)
-    if len(predictions) == len(texts):
-        _check_inputs(outputs, references)
-        return predictions, texts
-    if task.groups_rows and len(predictions) == rows:
-        return _first_of_each(predictions, references, path=outputs.path), texts
-    counts = f"{outputs.path} has {len(predictions)} outputs, {references.source} has {len(texts)} examples"
-    if task.groups_rows and rows != len(texts):
-        counts += f" ({rows} references)"
-    if len(predictions) < len(texts):
-        first = shown(references.inputs[len(predictions)] if references.inputs else texts[len(predictions)][0])
-        raise EvalError(f"{counts}: example {len(predictions) + 1}, {first}, is the first without an output.")
-    raise EvalError(f"{counts}: output {len(texts) + 1}, {shown(predictions[len(texts)])}, is the first beyond them.")
-
-
-def _check_inputs(outputs: Outputs, references: References) -> None:
-    """Raise if outputs and references name their inputs and those differ: one of the two is in another order."""
-    if outputs.inputs is None or references.inputs is None:
-        return
-    for number, (own, wanted) in enumerate(zip(outputs.inputs, references.inputs, strict=False), start=1):
-        if " ".join(own.split()) != " ".join(wanted.split()):
-            raise EvalError(
-                f"example {number} of {outputs.path} answers {shown(own)}, that of {references.source} is "
-                f"{shown(wanted)}: they must be in the same order. Sort one of them."
-            )
-
-
-def _first_of_each(predictions: Sequence[str], references: References, *, path: Path) -> list[str]:
-    """Return the first output of each example, from one output for each of its references."""
-    rows = references.rows
-    if rows is None:
-        ends = list(accumulate(map(len, references.texts)))
-        rows = [list(range(end - len(texts), end)) for end, texts in zip(ends, references.texts, strict=True)]
-    own = [[predictions[row] for row in positions] for positions in rows]
-    logger.warning("%s: one output for each reference: the first of each of %d examples is scored", path, len(rows))
-    differing = sum(len(set(texts)) > 1 for texts in own)
-    if differing:
-        logger.warning("%s: in %d of %d examples these outputs differ", path, differing, len(rows))
-    return [texts[0] for texts in own]
+    firsts = [places[own[0]] for own in rows] if places else None
+    return References(source=source, texts=together, inputs=list(found), rows=rows, places=firsts)

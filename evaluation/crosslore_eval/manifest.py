@@ -68,6 +68,16 @@ def read_manifest(out: Path) -> Manifest | None:
     return held if isinstance(held, dict) else None
 
 
+def check_task(out: Path, task: str) -> None:
+    """Raise `EvalError` if the manifest beside `out` says that its outputs are of another task than `task`."""
+    held = (read_manifest(out) or {}).get("task")
+    if isinstance(held, str) and held != task:
+        raise EvalError(
+            f"{out} must hold outputs of the task {task}, got those of {held} (so says {manifest_path(out).name}). "
+            f"Give {held} as the task, or outputs of {task}; if the manifest belongs to another file, move it away."
+        )
+
+
 def check_same(out: Path, wanted: Mapping[str, object]) -> None:
     """Raise `EvalError` unless the manifest beside `out` says the same; the message names what differs."""
     held = read_manifest(out)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from crosslore_eval import __version__
-from crosslore_eval.bootstrap import DEFAULT_SAMPLES
+from crosslore_eval.bootstrap import DEFAULT_SAMPLES, LEAST_SAMPLES, MOST_SAMPLES
 
 EPILOG = """examples:
   crosslore-eval run e2e --model saves/crosslore_e2e_r128          # outputs, then scores
@@ -81,8 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_output(compare)
     compare.add_argument("--protocol", metavar="NAME", help="see: crosslore-eval tasks")
     compare.add_argument(
-        "--samples", type=int, default=DEFAULT_SAMPLES, metavar="N", help="bootstrap samples and swaps (%(default)s)"
-    )
+        "--samples", type=_samples, default=DEFAULT_SAMPLES, metavar="N",
+        help="bootstrap samples and swaps (%(default)s)",
+    )  # fmt: skip
     tasks = commands.add_parser("tasks", help="list tasks, their protocols and data", description="List the tasks.")
     tasks.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -144,10 +145,24 @@ def _add_generation(parser: argparse.ArgumentParser, *, out_help: str, out_requi
 def _add_scoring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", metavar="NAME", help="see: crosslore-eval tasks (default: the task's first)")
     parser.add_argument(
-        "--confidence", type=int, nargs="?", const=DEFAULT_SAMPLES, default=0, metavar="N",
+        "--confidence", type=_samples, nargs="?", const=DEFAULT_SAMPLES, default=0, metavar="N",
         help=f"95 %% intervals from N bootstrap samples ({DEFAULT_SAMPLES} when no N is given)",
     )  # fmt: skip
     _add_output(parser)
+
+
+def _samples(text: str) -> int:
+    """Return a number of bootstrap samples; what is often meant by another number is a level."""
+    try:
+        samples = int(text)
+    except ValueError:
+        samples = 0
+    if not LEAST_SAMPLES <= samples <= MOST_SAMPLES:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of bootstrap samples in [{LEAST_SAMPLES}, {MOST_SAMPLES}], got {text}. The intervals' "
+            "level is always 95 %: leave the number out to keep to the default"
+        )
+    return samples
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

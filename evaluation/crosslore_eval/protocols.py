@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from crosslore_eval.errors import EvalError, unknown_name
+from crosslore_eval.errors import EvalError, shown, unknown_name
 from crosslore_eval.metrics import coco, llamafactory, mteval, rouge
-from crosslore_eval.metrics.accuracy import accuracy
+from crosslore_eval.metrics.accuracy import accuracy, read_reference
 from crosslore_eval.metrics.base import Corpus, Statistics
 from crosslore_eval.metrics.java import INSTALL_JAVA, JavaError
 
@@ -95,20 +95,22 @@ PAPER_SUMMARIES = Protocol(
 )
 
 
-def accuracy_protocol(*, tolerance: Decimal, read: Callable[[str], Decimal | None]) -> Protocol:
+def accuracy_protocol(*, tolerance: Decimal) -> Protocol:
     """Return the protocol `accuracy`: strict and flexible reading, in percent.
 
     Args:
         tolerance: how far a number may be from the right one.
-        read: returns the number of a reference text, or None if it holds none.
     """
 
     def score(corpus: Corpus) -> Results:
         answers = []
-        for number, texts in enumerate(corpus.references, start=1):
-            answer = read(texts[0])
+        for row, texts in enumerate(corpus.references):
+            answer = read_reference(texts[0])
             if answer is None:
-                raise EvalError(f"reference {number} must hold a number, got {texts[0]!r}. Check the references.")
+                raise EvalError(
+                    f"{corpus.place(row)}: a reference must be a number (1250 or 1,250) or a solution that ends in "
+                    f"`#### number`, got {shown(texts[0])}. Correct it, or give others with --references FILE."
+                )
             answers.append(answer)
         return list(accuracy(corpus.predictions, answers, tolerance=tolerance))
 

@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crosslore_eval import bootstrap
-from crosslore_eval.errors import EvalError
-from crosslore_eval.inputs import Outputs, References, align, grouped, read_references
+from crosslore_eval.alignment import align
+from crosslore_eval.inputs import Outputs, References, grouped, read_outputs, read_references
+from crosslore_eval.manifest import check_task
 from crosslore_eval.metrics.base import Corpus, Statistics
-from crosslore_eval.protocols import Missing, Protocol
+from crosslore_eval.metrics.coco import is_stand_in
+from crosslore_eval.metrics.java import INSTALL_JAVA
+from crosslore_eval.protocols import Missing, Protocol, Results
 from crosslore_eval.tasks.base import Task
 from crosslore_eval.tasks.loading import load_rows
 
@@ -70,7 +73,7 @@ def references_of(
         return read_references(file, task=task, count=len(outputs.predictions))
     if outputs.references is not None and data is None:
         inputs = outputs.inputs or outputs.prompts
-        return grouped(str(outputs.path), outputs.references, inputs, task=task)
+        return grouped(str(outputs.path), outputs.references, inputs, task=task, places=outputs.places)
     rows = load_rows(task, task.split(split), folder=data)
     examples = task.examples(rows)
     return References(
@@ -82,7 +85,29 @@ def references_of(
 
 def corpus_of(outputs: Outputs, references: References, *, task: Task) -> Corpus:
     """Return the texts of a system, aligned with their references."""
-    return Corpus.of(*align(outputs, references, task=task))
+    places = references.places or [f"{references.source}, example {i + 1}" for i in range(len(references.texts))]
+    return Corpus.of(*align(outputs, references, task=task), places=places)
+
+
+def read_corpus(
+    predictions: Path, *, task: Task, references: Path | None, data: Path | None, split: str | None
+) -> Corpus:
+    """Return a system's outputs from a file, aligned with their references.
+
+    Args:
+        predictions: file of the outputs.
+        task: that they answer.
+        references: the `--references` file, if one is named.
+        data: folder of the task's data, used when neither file has references.
+        split: of the task's data; None is its test split.
+
+    Raises:
+        EvalError: if a file cannot be used, or the manifest beside the outputs names another task.
+    """
+    outputs = read_outputs(predictions)
+    check_task(predictions, task.name)
+    found = references_of(outputs, task=task, file=references, data=data, split=split)
+    return corpus_of(outputs, found, task=task)
 
 
 def score_corpus(task: Task, protocol: Protocol, corpus: Corpus, *, samples: int = 0) -> Report:
@@ -94,48 +119,44 @@ def score_corpus(task: Task, protocol: Protocol, corpus: Corpus, *, samples: int
         corpus: outputs and references.
         samples: bootstrap samples for intervals; 0 for none.
     """
-    scores = [_score(result, protocol, samples) for result in protocol.score(corpus)]
-    return Report(task=task.name, protocol=protocol.name, n=len(corpus.predictions), scores=scores, samples=samples)
+    return report_of(task.name, protocol, corpus, protocol.score(corpus), samples=samples)
+
+
+def report_of(task: str, protocol: Protocol, corpus: Corpus, results: Results, *, samples: int = 0) -> Report:
+    """Return the scores of a corpus from what the protocol's metrics returned for it.
+
+    Args:
+        task: its name.
+        protocol: that `results` are of.
+        corpus: that `results` are of.
+        results: what `protocol.score(corpus)` returned.
+        samples: bootstrap samples for intervals; 0 for none.
+    """
+    scores = [_score(result, protocol, samples) for result in results]
+    return Report(task=task, protocol=protocol.name, n=len(corpus.predictions), scores=scores, samples=samples)
 
 
 def _score(result: Statistics | Missing, protocol: Protocol, samples: int) -> Score:
     if isinstance(result, Missing):
         return Score(name=result.name, value=None, reason=result.reason)
     interval = bootstrap.confidence(result, samples=samples) if samples else None
-    signature = result.signature.replace("|", f"|protocol:{protocol.name}|", 1)
+    signature = signature_under(protocol, result)
     return Score(name=result.name, value=result.value(), signature=signature, interval=interval)
 
 
-def _check_same_references(a: Corpus, b: Corpus) -> None:
-    if len(a.references) != len(b.references):
-        raise EvalError(
-            f"the two systems must answer the same examples, got {len(a.references)} outputs in A and "
-            f"{len(b.references)} in B. Predict both with the same --limit and --split."
-        )
-    pairs = enumerate(zip(a.plain.references, b.plain.references, strict=True), start=1)
-    first = next(((number, one, other) for number, (one, other) in pairs if one != other), None)
-    if first is not None:
-        number, one, other = first
-        raise EvalError(
-            f"the two systems must have the same references in the same order; example {number} is the first with "
-            f"others: {one[0][:60]!r} in A, {other[0][:60]!r} in B. Give --references FILE if their own are not right."
-        )
+def signature_under(protocol: Protocol, result: Statistics) -> str:
+    """Return the signature of a score with the protocol's name in it."""
+    return result.signature.replace("|", f"|protocol:{protocol.name}|", 1)
 
 
-def compare_corpora(
-    protocol: Protocol, a: Corpus, b: Corpus, *, samples: int
-) -> dict[str, bootstrap.Difference | Missing]:
-    """Return for each metric how far system B is above system A.
-
-    Raises:
-        EvalError: if the two do not have the same references in the same order.
-    """
-    _check_same_references(a, b)
-    found: dict[str, bootstrap.Difference | Missing] = {}
-    for one, other in zip(protocol.score(a), protocol.score(b), strict=True):
-        match one, other:
-            case Statistics(), Statistics():
-                found[one.name] = bootstrap.compare(one, other, samples=samples)
-            case (Missing() as missing, _) | (_, Missing() as missing):
-                found[missing.name] = missing
-    return found
+def warnings_of(results: Results) -> list[str]:
+    """Return what a reader of scores must know: which could not be computed, and which are on stand-in tokens."""
+    missing = [result for result in results if isinstance(result, Missing)]
+    stand_ins = [result.name for result in results if isinstance(result, Statistics) and is_stand_in(result.signature)]
+    if not stand_ins:
+        return [f"{result.name} was not computed: {result.reason}" for result in missing]
+    left_out = "".join(f"{result.name} was not computed, for it needs Java; " for result in missing)
+    return [
+        f"no `java` that runs was found: {left_out}{' and '.join(stand_ins)} are on nltk's tokens, for the PTB "
+        f"tokeniser needs Java too (their signatures say so, docs/metrics.md how far they are apart). {INSTALL_JAVA}"
+    ]

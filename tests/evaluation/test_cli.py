@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("pycocoevalcap", reason='needs the evaluation packages: pip install "crosslore[eval]"')
 
 from crosslore_eval import cli  # noqa: E402
+from crosslore_eval.tasks import find_task  # noqa: E402
 
 COMMANDS = ("predict", "score", "run", "compare", "tasks")
 
@@ -60,13 +61,13 @@ def test_confidence_adds_intervals(gsm8k: Any, capsys: Any) -> None:
     low, high = found["scores"]["accuracy_strict"]["confidence_95"]
     assert low < 25.0 < high
     assert found["bootstrap"] == {"samples": 1000, "seed": 12345}
-    assert run(*words[:-1], "--confidence", "50") == 0
-    assert json.loads(capsys.readouterr().out)["bootstrap"]["samples"] == 50
+    assert run(*words[:-1], "--confidence", "200") == 0
+    assert json.loads(capsys.readouterr().out)["bootstrap"]["samples"] == 200
 
 
 def test_the_table_in_a_pipe_has_whole_lines(gsm8k: Any, capsys: Any) -> None:
     a, _, references = gsm8k
-    assert run("score", "gsm8k", "--predictions", a, "--references", references, "--confidence", 10) == 0
+    assert run("score", "gsm8k", "--predictions", a, "--references", references, "--confidence", 200) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "gsm8k, protocol accuracy, 20 examples"
     assert lines[1] == "score\tvalue\t95 % interval\tsignature"
@@ -79,7 +80,7 @@ def test_compare_finds_the_better_system(gsm8k: Any, capsys: Any) -> None:
     found = json.loads(capsys.readouterr().out)["scores"]["accuracy_strict"]
     assert (found["a"], found["b"], found["difference"]) == (25.0, 75.0, 50.0)
     assert found["confidence_95"][0] > 0 and found["p_value"] < 0.01
-    assert run("compare", "gsm8k", a, b, "--references", references, "--samples", "50") == 0
+    assert run("compare", "gsm8k", a, b, "--references", references, "--samples", "200") == 0
     assert "+50.0000" in capsys.readouterr().out
 
 
@@ -92,7 +93,7 @@ def test_compare_needs_the_same_references(tmp_path: Path, capsys: Any) -> None:
     assert "must have the same references in the same order; example 1" in capsys.readouterr().err
     (tmp_path / "c.jsonl").write_text((tmp_path / "a.jsonl").read_text() * 2)
     assert run("compare", "gsm8k", "a.jsonl", "c.jsonl") == 2
-    assert "got 1 outputs in A and 2 in B" in capsys.readouterr().err
+    assert "got 1 output in A and 2 in B" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -133,13 +134,8 @@ def test_pictures_are_written(command: str, gsm8k: Any, tmp_path: Path) -> None:
         ),
         (["score", "gsm8k", "--predictions", "A", "--protocol", "papr"], "unknown protocol 'papr'"),
         (["score", "gsm8k", "--predictions", "A", "--references", "no"], "--references must be a file"),
-        (["score", "gsm8k", "--predictions", "A", "--confidence", "-1"], "--confidence must be a number of bootstrap"),
         (["score", "gsm8k", "--predictions", "A", "--plot", "x.gif"], "--plot must end in one of .png, .svg, .pdf"),
         (["score", "gsm8k", "--predictions", "A", "--split", "dev"], "unknown split of gsm8k 'dev'"),
-        (
-            ["compare", "gsm8k", "A", "B", "--samples", "0"],
-            "--samples must be a number of bootstrap samples in [1, 1000000], got 0",
-        ),
         (["predict", "e2e", "--model", "missing/x/y", "--out", "o"], "--model must be a folder or a name on the hub"),
         (["predict", "e2e", "--model", "M", "--out", "o", "--limit", "0"], "--limit must be in [1, 5] for e2e, got 0"),
         (["predict", "e2e", "--model", "M", "--out", "o", "--top-p", "2"], "--top-p must be in (0, 1], got 2.0"),
@@ -170,6 +166,12 @@ def test_unusable_input_exits_with_2_and_one_line(
         ([], "the following arguments are required: COMMAND. See: crosslore-eval --help"),
         (["nonsense"], "argument COMMAND: invalid choice: 'nonsense'"),
         (["score", "gsm8k"], "required: --predictions. See: crosslore-eval score --help"),
+        (["score", "gsm8k", "--predictions", "A", "--confidence", "-1"], "samples in [200, 1000000], got -1"),
+        (["score", "gsm8k", "--predictions", "A", "--confidence", "0"], "samples in [200, 1000000], got 0"),
+        (["score", "gsm8k", "--predictions", "A", "--confidence", "1"], "samples in [200, 1000000], got 1"),
+        (["score", "gsm8k", "--predictions", "A", "--confidence", "100"], "samples in [200, 1000000], got 100. The"),
+        (["run", "gsm8k", "--model", "A", "--confidence", "0.95"], "got 0.95. The intervals' level is always 95 %"),
+        (["compare", "gsm8k", "A", "B", "--samples", "0"], "argument --samples: must be a number of bootstrap samples"),
         (["predict", "e2e", "--model", "x"], "required: --out. See: crosslore-eval predict --help"),
         (
             ["run", "e2e", "--model", "x", "--limit", "y"],
@@ -236,11 +238,15 @@ def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch,
 def test_tasks_lists_protocols_and_data(capsys: Any) -> None:
     assert run("tasks") == 0
     text = capsys.readouterr().out
-    assert "--protocol e2e-official" in text and "gsm8k/test.jsonl (1319 rows)" in text
+    assert "--protocol e2e-official" in text and "--split test, the default: gsm8k/test.jsonl (1319 rows)" in text
     assert run("tasks", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["e2e"]["protocols"]) == ["e2e-official", "paper"]
     assert found["mawps"]["hub"] is None
+    assert found["e2e"]["splits"]["dev"] == {"file": "e2e/devset.csv", "rows": 4672}
+    assert found["e2e"]["default_split"] == "test"
+    for name, task in found.items():  # what is listed is what --split takes
+        assert all(find_task(name).split(split).file == listed["file"] for split, listed in task["splits"].items())
 
 
 def test_scores_without_java_are_those_that_need_none(e2e_folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -250,7 +256,12 @@ def test_scores_without_java_are_those_that_need_none(e2e_folder: Path, tmp_path
     scores = json.loads(shown.out)["scores"]
     assert scores["METEOR"]["value"] is None and "needs Java" in scores["METEOR"]["error"]
     assert all(scores[name]["value"] > 0 for name in ("BLEU", "NIST", "ROUGE_L", "CIDEr"))
-    assert "warning: METEOR was not computed" in shown.err
+    assert shown.err.count("METEOR was not computed") == shown.err.count("warning: ") == 1
+    assert "ROUGE_L and CIDEr are on nltk's tokens, for the PTB tokeniser needs Java too" in shown.err
+    assert run("score", "e2e", "--predictions", "out.txt", "--data", e2e_folder) == 0
+    shown = capsys.readouterr()
+    assert "METEOR\t-\tnot computed, see the warning" in shown.out
+    assert (shown.out + shown.err).count("Install a Java runtime") == 1
 
 
 def test_run_predicts_and_scores(model_folder: Path, e2e_folder: Path, tmp_path: Path, capsys: Any) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from crosslore_eval.alignment import align
 from crosslore_eval.errors import EvalError
-from crosslore_eval.inputs import Outputs, References, align, grouped, read_outputs, read_references
+from crosslore_eval.inputs import REFERENCE_FIELDS, Outputs, References, grouped, read_outputs, read_references
 from crosslore_eval.tasks import find_task
 
 E2E, GSM8K = find_task("e2e"), find_task("gsm8k")
@@ -138,6 +139,7 @@ def test_a_partial_file_of_predict_is_not_taken_for_a_whole_one(tmp_path: Path) 
         ("a\nb\n\nc\n\n", 2, [["a", "b"], ["c"]]),
         ("\n\na\r\n\r\nb\r\n", 2, [["a"], ["b"]]),
         (b"\xef\xbb\xbfa\n \nb", 2, [["a"], ["b"]]),  # a line of spaces is empty
+        ("a\n\nb\n \n", 2, [["a"], ["b"]]),
         ("a\nb\nc\n", 1, [["a", "b", "c"]]),  # one output: all of them are its references
         ("a\n", 1, [["a"]]),
         ("\n".join(f"r{i}" for i in range(45)) + "\n\nx\n", 2, [[f"r{i}" for i in range(45)], ["x"]]),
@@ -175,23 +177,82 @@ def test_a_row_without_reference_names_what_was_looked_for(tmp_path: Path) -> No
         read_references(path, task=GSM8K, count=1)
 
 
+@pytest.mark.parametrize("name", REFERENCE_FIELDS)
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_csv_and_jsonl_references_take_each_of_the_fields(tmp_path: Path, ending: str, name: str) -> None:
+    rows = [{"id": 1, name: "one, two"}, {"id": 2, name: "3"}]
+    csv = f'id,{name}\n1,"one, two"\n2,3\n'
+    path = write(tmp_path / "refs.csv", csv) if ending == "csv" else jsonl(tmp_path / "refs.jsonl", rows)
+    found = read_references(path, task=E2E, count=2)
+    assert found.texts == [["one, two"], ["3"]]
+    assert found.places == [f"{path}, line {line}" for line in ((2, 3) if ending == "csv" else (1, 2))]
+
+
+def test_a_csv_cell_of_references_may_be_a_list(tmp_path: Path) -> None:
+    content = 'references\n"[""a"", ""b""]"\n[one] of them\n'
+    assert read_references(write(tmp_path / "r.csv", content), task=E2E, count=2).texts == [
+        ["a", "b"],
+        ["[one] of them"],
+    ]
+
+
+def test_a_csv_without_such_a_column_names_those_it_has(tmp_path: Path) -> None:
+    with pytest.raises(
+        EvalError, match="r.csv, line 2: expected a reference: .* one of answer, ans.*; got title, text"
+    ):
+        read_references(write(tmp_path / "r.csv", "title,text\na,b\n"), task=E2E, count=1)
+    with pytest.raises(EvalError, match="r.csv holds no rows: expected one for each example"):
+        read_references(write(tmp_path / "r.csv", "answer\n"), task=E2E, count=1)
+
+
+def test_csv_outputs_may_have_llamafactorys_column(tmp_path: Path) -> None:
+    found = read_outputs(write(tmp_path / "o.csv", "predict,label\nx,y\n"))
+    assert (found.predictions, found.references) == (["x"], [["y"]])
+
+
+def test_every_field_of_references_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith("| jsonl, json, csv |"))
+    assert all(f"`{name}`" in row for name in REFERENCE_FIELDS)
+
+
+def test_a_broken_row_has_one_line_number(tmp_path: Path) -> None:
+    path = write(tmp_path / "o.jsonl", '{"prediction": "x"}\n{"prediction": x}\n')
+    with pytest.raises(EvalError) as error:
+        read_outputs(path)
+    assert f"{path}, line 2: expected one JSON object a line, got: Expecting value (column 16). " in str(error.value)
+    path = write(tmp_path / "o.json", '[{"prediction": "x"},\n {"prediction": x}]\n')
+    with pytest.raises(EvalError) as error:
+        read_outputs(path)
+    assert f"{path}, line 2: expected a JSON array of objects, got: Expecting value (column 17). " in str(error.value)
+
+
 # Alignment
 
 
 def test_fewer_outputs_name_the_first_example_without_one() -> None:
-    with pytest.raises(EvalError, match=r"out.txt has 1 outputs, refs.txt has 2 examples: example 2, 'name\[B\]', is"):
+    with pytest.raises(
+        EvalError,
+        match=r"out.txt has 1 output, refs.txt has 2 examples: example 2, 'name\[B\]', is the first without an",
+    ) as error:
         align(outputs_of("x"), references_of(["r"], ["s"], inputs=["name[A]", "name[B]"]), task=GSM8K)
+    assert "Complete the outputs, or give the references of these outputs with --references FILE" in str(error.value)
 
 
 def test_more_outputs_name_the_first_beyond() -> None:
-    with pytest.raises(EvalError, match="out.txt has 3 outputs, refs.txt has 2 examples: output 3, 'z', is the first"):
+    with pytest.raises(
+        EvalError, match="out.txt has 3 outputs, refs.txt has 2 examples: output 3, 'z', is the first"
+    ) as error:
         align(outputs_of("x", "y", "z"), references_of(["r"], ["s"]), task=GSM8K)
+    assert "If outputs have line breaks inside, write jsonl with a field `prediction`" in str(error.value)
+    with pytest.raises(EvalError, match=r"has 1 example \(2 references\): output 2"):
+        align(outputs_of("x", "y", "z"), references_of(["r", "s"]), task=E2E)
 
 
 def test_empty_outputs_keep_their_place_and_trailing_empty_lines_go(caplog: pytest.LogCaptureFixture) -> None:
     found, _ = align(outputs_of("", "y", "", ""), references_of(["r"], ["s"], ["t"]), task=GSM8K)
     assert found == ["", "y", ""]
-    assert "1 empty lines at the end left out" in caplog.text
+    assert "1 empty line at the end left out" in caplog.text
 
 
 def test_an_empty_last_output_is_an_output() -> None:
@@ -231,7 +292,7 @@ def test_outputs_in_another_order_than_the_references_are_refused() -> None:
 def test_one_output_for_many_questions_is_not_one_example(tmp_path: Path) -> None:
     path = write(tmp_path / "refs.txt", "#### 1\n#### 2\n#### 3\n")
     references = read_references(path, task=GSM8K, count=1)
-    with pytest.raises(EvalError, match="has 1 outputs, .* has 3 examples: example 2"):
+    with pytest.raises(EvalError, match="has 1 output, .* has 3 examples: example 2"):
         align(outputs_of("#### 1"), references, task=GSM8K)
 
 

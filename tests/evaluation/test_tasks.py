@@ -1,5 +1,6 @@
 import gzip
 import json
+import logging
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ def write_row(folder: Path, name: str) -> Path:
 
 
 def test_the_five_tasks_of_the_paper_and_two_bundled_ones() -> None:
-    assert list(TASKS) == ["gsm8k", "mawps", "e2e", "cnn_dm", "xsum", "restaurants", "arithmetic"]
+    assert {"gsm8k", "mawps", "e2e", "cnn_dm", "xsum", "restaurants", "arithmetic"} <= set(TASKS)
     for name, task in TASKS.items():
         assert task.name == name
         assert task.version >= 1 and task.max_new_tokens >= 1 and task.protocols
@@ -82,6 +83,42 @@ def test_the_folder_of_the_variable_is_looked_at_before_the_hub(
     assert len(load_rows(task, task.split(None), folder=None)) == 1
 
 
+@pytest.mark.parametrize(("made", "wrong"), [(False, "does not exist"), (True, "has neither"), (None, "is no folder")])
+@pytest.mark.parametrize("option", ["--data", "CROSSLORE_DATA_DIR"])
+def test_a_wrong_folder_is_an_error_at_once(
+    option: str, made: bool | None, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crosslore_eval.tasks.loading.read_hub", None)  # calling it would be another error
+    folder = tmp_path / "folder"
+    write_row(tmp_path / "data", "xsum")  # where it must not go on to look
+    if made:
+        folder.mkdir()
+    elif made is None:
+        folder.write_text("a file")
+    if option == "CROSSLORE_DATA_DIR":
+        monkeypatch.setenv(option, str(folder))
+    task = find_task("xsum")
+    with pytest.raises(EvalError) as error:
+        load_rows(task, task.split(None), folder=folder if option == "--data" else None)
+    text = str(error.value)
+    assert text.startswith(f"{option} must be a folder with xsum/test.jsonl (or .gz; rows with the fields document,")
+    assert f"or with xsum_test.jsonl (from scripts/prepare_data.py), got {folder}, which {wrong}. " in text
+
+
+def test_the_bundled_sets_are_found_whatever_the_variable_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "others").mkdir()
+    monkeypatch.setenv("CROSSLORE_DATA_DIR", str(tmp_path / "others"))
+    task = find_task("arithmetic")
+    with pytest.raises(EvalError, match="arithmetic is bundled with this project as data/arithmetic_test.json"):
+        load_rows(task, task.split(None), folder=None)
+    (tmp_path / "data").mkdir()
+    row = {"instruction": "i", "input": "q", "output": "#### 2"}
+    (tmp_path / "data" / "arithmetic_test.json").write_text(json.dumps([row]))
+    assert len(load_rows(task, task.split(None), folder=None)) == 1
+
+
 def test_prepared_rows_are_used_as_training_used_them(tmp_path: Path) -> None:
     row = {"instruction": "Other words.", "input": "q", "output": "2\n#### 2", "answer": "#### 2"}
     (tmp_path / "gsm8k_test.jsonl").write_text(json.dumps(row) + "\n")
@@ -109,7 +146,7 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path, content: str, messag
 
 def test_a_folder_without_the_file_says_what_it_must_hold(tmp_path: Path) -> None:
     task = find_task("e2e")
-    with pytest.raises(EvalError, match="--data must hold e2e/testset_w_refs.csv or e2e_test.jsonl"):
+    with pytest.raises(EvalError, match="--data must be a folder with e2e/testset_w_refs.csv .* with e2e_test.jsonl"):
         load_rows(task, task.split(None), folder=tmp_path)
 
 
@@ -128,11 +165,12 @@ def test_hub_rows_get_the_names_that_files_have(monkeypatch: pytest.MonkeyPatch)
     assert asked == [("tuetschek/e2e_nlg", None, "refs/convert/parquet", "test")]
 
 
-def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     datasets = pytest.importorskip("datasets", reason="needs datasets")
 
     def fail(*args: Any, **kwargs: Any) -> Any:
-        raise ConnectionError("no route\nmany lines")
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
+        raise ConnectionError("no route.\nmany lines")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     task = find_task("gsm8k")
@@ -140,13 +178,17 @@ def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.Monkey
         EvalError, match="cannot load openai/gsm8k .split test. from the Hugging Face hub: Conn"
     ) as error:
         load_rows(task, task.split(None), folder=None)
-    assert "--data DIR" in str(error.value) and "gsm8k/test.jsonl" in str(error.value)
+    text = str(error.value)
+    assert "with CROSSLORE_DATA_DIR=DIR or --data DIR; it must hold gsm8k/train.jsonl, gsm8k/test.jsonl." in text
+    assert ".." not in text and "\n" not in text and "no route. Is the hub reachable" in text
+    assert "asking the hub for openai/gsm8k" in caplog.text and "Retrying" not in caplog.text
 
 
 def test_mawps_is_on_no_hub_and_says_so() -> None:
     task = find_task("mawps")
-    with pytest.raises(EvalError, match=r"mawps can only be read from local files.*\(1898 / 237 / 238 rows\)"):
+    with pytest.raises(EvalError, match=r"mawps can only be read from local files.*\(1898 / 237 / 238 rows\)") as error:
         load_rows(task, task.split(None), folder=None)
+    assert "Give CROSSLORE_DATA_DIR=DIR or --data DIR with mawps/train.jsonl" in str(error.value)
 
 
 def test_prompts_are_those_of_training_data() -> None:

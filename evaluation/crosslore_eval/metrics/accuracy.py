@@ -5,7 +5,7 @@ Outputs are matched by regular expressions and never evaluated.
 
 import re
 from collections.abc import Callable, Sequence
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 
 from crosslore_eval.errors import EvalError
 from crosslore_eval.metrics.base import Statistics, mean_of, signature_of
@@ -58,6 +58,16 @@ def read_last_number(text: str) -> Decimal | None:
         return marked
     found = list(_NUMBER.finditer(_plain(text)))
     return _value(found[-1]) if found else None
+
+
+def read_reference(text: str) -> Decimal | None:
+    """Return the number of a reference, or None if it has none: "3", "1,250", "$1,250." or a text with `#### N`."""
+    try:
+        value = Decimal(text.strip())
+    except InvalidOperation:
+        found = _NUMBER.fullmatch(_plain(text).strip().removesuffix("."))
+        return read_answer(text) if found is None else _value(found)
+    return value if value.is_finite() else None
 
 
 def _plain(text: str) -> str:

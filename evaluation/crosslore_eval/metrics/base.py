@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crosslore_eval import __version__
-from crosslore_eval.errors import EvalError
+from crosslore_eval.errors import EvalError, counted
 
 Array = NDArray[np.float64]
 
@@ -66,23 +66,38 @@ class Corpus:
     predictions: tuple[str, ...]
     # at least one each
     references: tuple[tuple[str, ...], ...]
+    # where each example's references were read, for messages; empty: not known
+    places: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> "Corpus":
+    def of(
+        cls, predictions: Sequence[str], references: Sequence[Sequence[str]], *, places: Sequence[str] = ()
+    ) -> "Corpus":
         """Return checked texts.
+
+        Args:
+            predictions: one output for each example.
+            references: of each example, at least one.
+            places: where each example's references were read, for messages.
 
         Raises:
             EvalError: if the lengths differ or are 0, or an example has no reference.
         """
         if len(predictions) != len(references) or not references:
             raise EvalError(
-                f"outputs and references must be equally many and at least 1, got {len(predictions)} outputs and "
-                f"{len(references)} examples with references. Check that both come from the same test set."
+                "outputs and references must be equally many and at least 1, got "
+                f"{counted(len(predictions), 'output')} and {counted(len(references), 'example')} with references. "
+                "Check that both come from the same test set."
             )
         for number, texts in enumerate(references, start=1):
             if isinstance(texts, str) or not texts:
                 raise EvalError(f"references of example {number} must be a list of at least one text, got {texts!r}.")
-        return cls(tuple(map(_encodable, predictions)), tuple(tuple(map(_encodable, texts)) for texts in references))
+        pairs = tuple(map(_encodable, predictions)), tuple(tuple(map(_encodable, texts)) for texts in references)
+        return cls(*pairs, places=tuple(places))
+
+    def place(self, example: int) -> str:
+        """Return where the references of an example were read; its number where that is not known."""
+        return self.places[example] if self.places else f"example {example + 1}"
 
     @cached_property
     def plain(self) -> "Corpus":

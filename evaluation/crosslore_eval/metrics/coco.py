@@ -9,6 +9,14 @@ from crosslore_eval.metrics.base import Corpus, Statistics, mean_of, signature_o
 from crosslore_eval.metrics.java import java_runs, ptb_tokenise, punctuation
 from crosslore_eval.metrics.meteor import meteor
 
+# Before the version in `tok:` of a signature.
+STAND_IN = "nltk-treebank"
+
+
+def is_stand_in(signature: str) -> bool:
+    """Return whether a score is on the tokens that stand in for the PTB tokeniser's where there is no Java."""
+    return f"|tok:{STAND_IN}-" in signature
+
 
 class CocoCorpus:
     """A corpus in the tokens of the COCO caption code.
@@ -26,7 +34,7 @@ class CocoCorpus:
         tokens = iter(ptb_tokenise(texts) if self.has_java else nltk_tokenise(texts))
         self.predictions = [next(tokens) for _ in corpus.predictions]
         self.references = [[next(tokens) for _ in texts] for texts in corpus.references]
-        self.tokeniser = "ptb" if self.has_java else f"nltk-treebank-{version('nltk')}"
+        self.tokeniser = "ptb" if self.has_java else f"{STAND_IN}-{version('nltk')}"
 
     @cached_property
     def as_captions(self) -> tuple[dict[int, list[str]], dict[int, list[str]]]:

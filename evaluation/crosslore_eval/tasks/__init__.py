@@ -1,4 +1,4 @@
-"""The tasks by name. A new one is one file here and one line in `TASKS`."""
+"""The tasks by name. A new one is one file here, its import and its line in `ALL`."""
 
 from crosslore_eval.errors import unknown_name
 from crosslore_eval.tasks.base import Task
@@ -9,7 +9,17 @@ from crosslore_eval.tasks.gsm8k import GSM8K
 from crosslore_eval.tasks.mawps import MAWPS
 from crosslore_eval.tasks.xsum import XSUM
 
-TASKS: dict[str, Task] = {task.name: task for task in (GSM8K, MAWPS, E2E, CNN_DM, XSUM, RESTAURANTS, ARITHMETIC)}
+# In the order in which they are listed.
+ALL = (
+    GSM8K,
+    MAWPS,
+    E2E,
+    CNN_DM,
+    XSUM,
+    RESTAURANTS,
+    ARITHMETIC,
+)
+TASKS: dict[str, Task] = {task.name: task for task in ALL}
 
 
 def find_task(name: str) -> Task:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-from crosslore_eval.errors import unknown_name
+from crosslore_eval.errors import shown, unknown_name
 from crosslore_eval.protocols import Protocol
 
 Fields = dict[str, object]
@@ -74,6 +74,13 @@ class Task:
     test_split: str = "test"
     # None: no data set on the hub holds exactly these rows
     hub: Hub | None = None
+    # its files come with this project, in the folder `data`
+    is_bundled: bool = False
+
+    @property
+    def splits_by_name(self) -> dict[str, Split]:
+        """The splits by the names that `--split` takes: their own without the task's ("test")."""
+        return {split.name.removeprefix(f"{self.name}_"): split for split in self.splits}
 
     def split(self, name: str | None) -> Split:
         """Return a split by its short name ("test"), the test split for None.
@@ -81,7 +88,7 @@ class Task:
         Raises:
             EvalError: if there is none.
         """
-        by_name = {split.name.removeprefix(f"{self.name}_"): split for split in self.splits}
+        by_name = self.splits_by_name
         wanted = name or self.test_split
         if wanted not in by_name:
             raise unknown_name(f"split of {self.name}", wanted, by_name)
@@ -99,12 +106,6 @@ class Task:
             Example(instruction=instruction, input=text, references=tuple(references))
             for (text, _), references in grouped.items()
         ]
-
-
-def shown(value: object) -> str:
-    """Return a value for a message, cut to one short line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def text_of(fields: Fields, name: str) -> str:

@@ -2,7 +2,6 @@
 
 from decimal import Decimal
 
-from crosslore_eval.metrics.accuracy import read_answer
 from crosslore_eval.protocols import E2E_OFFICIAL, PAPER, accuracy_protocol
 from crosslore_eval.tasks.base import Fields, Row, Split, Task, text_of
 
@@ -22,6 +21,7 @@ RESTAURANTS = Task(
     convert=alpaca_row,
     reference="output",
     groups_rows=True,
+    is_bundled=True,
     protocols=(E2E_OFFICIAL, PAPER),
     max_new_tokens=64,
     stop=("\n",),
@@ -37,7 +37,8 @@ ARITHMETIC = Task(
     fields=FIELDS,
     convert=alpaca_row,
     reference="output",
-    protocols=(accuracy_protocol(tolerance=Decimal(0), read=read_answer),),
+    is_bundled=True,
+    protocols=(accuracy_protocol(tolerance=Decimal(0)),),
     max_new_tokens=80,
     splits=(
         Split(name="arithmetic_train", file="arithmetic_train.json", hub_split="train", rows=800),

@@ -2,8 +2,9 @@
 
 import re
 
+from crosslore_eval.errors import shown
 from crosslore_eval.protocols import E2E_OFFICIAL, PAPER
-from crosslore_eval.tasks.base import Fields, Hub, Row, RowError, Split, Task, shown, text_of
+from crosslore_eval.tasks.base import Fields, Hub, Row, RowError, Split, Task, text_of
 
 RESTAURANTS_INSTRUCTION = "Describe the restaurant from its attributes."
 

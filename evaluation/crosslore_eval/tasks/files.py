@@ -8,8 +8,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from crosslore_eval.errors import EvalError
-from crosslore_eval.tasks.base import Fields, shown
+from crosslore_eval.errors import EvalError, shown
+from crosslore_eval.tasks.base import Fields
 
 ADVICE = "Correct it or take the original file."
 
@@ -47,10 +47,15 @@ def read_jsonl(text: str, *, path: Path) -> Iterator[Located]:
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: expected one JSON object a line, got: {error}. {ADVICE}") from error
+            raise DataError(f"{place}: expected one JSON object a line, got: {_reason(error)}. {ADVICE}") from error
         if not isinstance(fields, dict):
             raise DataError(f"{place}: expected a JSON object with named fields, got {shown(fields)}. {ADVICE}")
         yield place, fields
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong with a JSON text; its line is in the message already."""
+    return f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def read_json(text: str, *, path: Path) -> Iterator[Located]:
@@ -58,7 +63,8 @@ def read_json(text: str, *, path: Path) -> Iterator[Located]:
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: expected a JSON array of objects, got: {error}. {ADVICE}") from error
+        place = f"{path}, line {error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
+        raise DataError(f"{place}: expected a JSON array of objects, got: {_reason(error)}. {ADVICE}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected a JSON array of objects, got {shown(rows)}. {ADVICE}")
     yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))

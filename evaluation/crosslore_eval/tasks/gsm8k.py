@@ -3,9 +3,9 @@
 import re
 from decimal import Decimal
 
-from crosslore_eval.metrics.accuracy import read_answer
+from crosslore_eval.errors import shown
 from crosslore_eval.protocols import accuracy_protocol
-from crosslore_eval.tasks.base import Fields, Hub, Row, RowError, Split, Task, shown, text_of
+from crosslore_eval.tasks.base import Fields, Hub, Row, RowError, Split, Task, text_of
 
 ARITHMETIC_INSTRUCTION = "Solve the problem step by step. End with the answer on a line that begins with ####."
 
@@ -33,7 +33,7 @@ GSM8K = Task(
     fields={"question": "question", "answer": "answer"},
     convert=gsm8k_row,
     reference="answer",
-    protocols=(accuracy_protocol(tolerance=Decimal(0), read=read_answer),),
+    protocols=(accuracy_protocol(tolerance=Decimal(0)),),
     # The longest test solution has 376 tokens of LLaMA2 without annotations.
     max_new_tokens=512,
     hub=Hub(path="openai/gsm8k", config="main"),

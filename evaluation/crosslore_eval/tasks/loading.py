@@ -4,18 +4,23 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from crosslore_eval.errors import counted
 from crosslore_eval.tasks.base import Row, RowError, Split, Task
 from crosslore_eval.tasks.files import ADVICE, DataError, Located, decode, read_jsonl, read_rows
 
 logger = logging.getLogger(__name__)
 
-# Where evaluation looks when no folder is named: this variable, then what scripts/prepare_data.py writes, then the hub.
+# Where evaluation looks when no folder is named: in this variable's only if it is set, else in what
+# scripts/prepare_data.py writes and in `data`, then on the hub.
 DATA_VARIABLE = "CROSSLORE_DATA_DIR"
 PREPARED = Path("data") / "prepared"
 BUNDLED = Path("data")
+# How a user names a folder, for messages.
+FOLDER_OPTION = f"{DATA_VARIABLE}=DIR or --data"
 
 
 def layout_of(tasks: Iterable[Task]) -> str:
@@ -75,9 +80,10 @@ def read_hub(split: Split, *, task: Task, option: str) -> list[Located]:
             f'Install with: pip install "crosslore[llamafactory]", or give local files with {option} DIR.'
         ) from error
     try:
-        data = load_dataset(task.hub.path, task.hub.config, revision=task.hub.revision, split=split.hub_split)
+        with _hub_retries_unsaid():
+            data = load_dataset(task.hub.path, task.hub.config, revision=task.hub.revision, split=split.hub_split)
     except Exception as error:  # no common class: hub, http and file system errors all come through here
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise DataError(
             f"cannot load {task.hub.path} (split {split.hub_split}) from the Hugging Face hub: "
             f"{type(error).__name__}: {reason}. Is the hub reachable from here? "
@@ -91,13 +97,24 @@ def read_hub(split: Split, *, task: Task, option: str) -> list[Located]:
     ]
 
 
+@contextmanager
+def _hub_retries_unsaid() -> Iterator[None]:
+    """Keep the hub's library from printing two lines, each twice, for every one of its retries."""
+    hub = logging.getLogger("huggingface_hub")
+    before = hub.level
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.setLevel(before)
+
+
 def no_hub_message(task: Task, *, option: str) -> str:
     """Return what to do about a data set that no hub has."""
     counts = " / ".join(str(split.rows) for split in task.splits)
     return (
-        f"{task.name} can only be read from local files, and {option} is not given: no data set on the hub is known to "
-        f"hold this split ({counts} rows). Give {option} DIR with {layout_of([task])}, one "
-        f"JSON object a line with the fields {', '.join(task.fields)}"
+        f"{task.name} can only be read from local files: no data set on the hub is known to hold this split ({counts} "
+        f"rows). Give {option} DIR with {layout_of([task])}, rows with the fields {', '.join(task.fields)}"
     )
 
 
@@ -137,32 +154,71 @@ def load_rows(task: Task, split: Split, *, folder: Path | None) -> list[Row]:
         task: which task.
         split: which of its splits.
         folder: with the original files, or what scripts/prepare_data.py made of them; None: the folder that
-            CROSSLORE_DATA_DIR names, else `data/prepared` or `data`, else the hub.
+            CROSSLORE_DATA_DIR names, or `data/prepared`, `data` and the hub where it is not set.
 
     Raises:
-        DataError: if there are no rows, or one cannot be used.
+        DataError: if there are no rows, or one cannot be used; if the named folder does not hold the split.
     """
-    variable = os.environ.get(DATA_VARIABLE)
-    candidates = [folder] if folder else [*([Path(variable)] if variable else []), PREPARED, BUNDLED]
-    for place in candidates:
-        prepared = place / f"{split.name}.jsonl"
+    place = _folder_with(split, task=task, folder=folder)
+    if place is not None:
+        prepared = _prepared_file(split, place)
         if prepared.is_file():
             rows = [
                 _prepared_row(where, fields, task=task)
                 for where, fields in read_jsonl(decode(prepared.read_bytes(), path=prepared), path=prepared)
             ]
-        elif find_file(split, place).is_file():
+        else:
             located, _ = read_local(split, task=task, folder=place, advice=ADVICE)
             rows = convert(located, task=task, name=split.name)
-        else:
-            continue
         _check_count(rows, split=split, where=str(place))
         return more_references(rows, split=split, folder=place)
-    if folder is not None:
-        raise DataError(f"--data must hold {split.file} or {split.name}.jsonl, got {folder}, which has neither.")
-    rows = convert(read_hub(split, task=task, option="--data"), task=task, name=split.name)
+    if task.hub is not None:
+        logger.warning(
+            "no %s in %s, %s and --data not given: asking the hub for %s",
+            split.file, f"{PREPARED} or {BUNDLED}", DATA_VARIABLE, task.hub.path,
+        )  # fmt: skip
+    rows = convert(read_hub(split, task=task, option=FOLDER_OPTION), task=task, name=split.name)
     _check_count(rows, split=split, where="the hub")
     return rows
+
+
+def _prepared_file(split: Split, folder: Path) -> Path:
+    return folder / f"{split.name}.jsonl"
+
+
+def _folder_with(split: Split, *, task: Task, folder: Path | None) -> Path | None:
+    """Return the folder to read a split from, None for the hub; a folder that the user names must hold the split."""
+    variable = os.environ.get(DATA_VARIABLE)
+    option, named = ("--data", folder) if folder else (DATA_VARIABLE, Path(variable) if variable else None)
+    if named is None:
+        return _unnamed_folder_with(split, task=task)
+    if named.is_dir() and _holds(named, split):
+        return named
+    if named.is_dir() and folder is None and task.is_bundled:  # the variable is for other data sets
+        return _unnamed_folder_with(split, task=task)
+    wrong = "which has neither" if named.is_dir() else "which is no folder"
+    wrong = wrong if named.exists() else "which does not exist"
+    otherwise = f", to ask the hub for {task.hub.path}" if task.hub else ""
+    raise DataError(
+        f"{option} must be a folder with {split.file} (or .gz; rows with the fields {', '.join(task.fields)}) or with "
+        f"{split.name}.jsonl (from scripts/prepare_data.py), got {named}, {wrong}. Correct it, or leave it out"
+        f"{otherwise}."
+    )
+
+
+def _unnamed_folder_with(split: Split, *, task: Task) -> Path | None:
+    """Return the first of the usual folders that holds the split, None if the hub is to be asked."""
+    found = next((place for place in (PREPARED, BUNDLED) if _holds(place, split)), None)
+    if found is None and task.is_bundled:
+        raise DataError(
+            f"{task.name} is bundled with this project as {BUNDLED / split.file}, and there is no such file here. Run "
+            f"in the project's folder, or give {FOLDER_OPTION} DIR with {split.file}."
+        )
+    return found
+
+
+def _holds(folder: Path, split: Split) -> bool:
+    return _prepared_file(split, folder).is_file() or find_file(split, folder).is_file()
 
 
 def _prepared_row(place: str, fields: dict[str, object], *, task: Task) -> Row:
@@ -179,6 +235,6 @@ def _check_count(rows: Sequence[Row], *, split: Split, where: str) -> None:
         raise DataError(f"{where}: expected {split.rows} rows of {split.name}, got 0. {ADVICE}")
     if len(rows) != split.rows:
         logger.warning(
-            "%s: %d rows of %s, the original has %d: scores on them cannot be compared with published ones",
-            where, len(rows), split.name, split.rows,
+            "%s: %s of %s, the original has %d: scores on them cannot be compared with published ones",
+            where, counted(len(rows), "row"), split.name, split.rows,
         )  # fmt: skip

@@ -4,9 +4,8 @@ import ast
 import operator
 import re
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
-from crosslore_eval.metrics.accuracy import read_answer
 from crosslore_eval.protocols import accuracy_protocol
 from crosslore_eval.tasks.base import Fields, Row, Split, Task, number_of, text_of
 from crosslore_eval.tasks.gsm8k import ARITHMETIC_INSTRUCTION
@@ -66,15 +65,6 @@ def mawps_row(fields: Fields) -> Row:
     return {"instruction": ARITHMETIC_INSTRUCTION, "input": problem, "output": output, "ans": answer}
 
 
-def read_reference(text: str) -> Decimal | None:
-    """Return the number of a reference: `ans` as it stands, or a solution that ends in `#### N`."""
-    try:
-        value = Decimal(text.strip())
-    except InvalidOperation:
-        return read_answer(text)
-    return value if value.is_finite() else None
-
-
 # Row counts and sums: computed from LLM-Adapters 81665720, as JSON lines.
 MAWPS = Task(
     name="mawps",
@@ -83,7 +73,7 @@ MAWPS = Task(
     fields={"original_text": "original_text", "equation": "equation", "ans": "ans"},
     convert=mawps_row,
     reference="ans",
-    protocols=(accuracy_protocol(tolerance=Decimal(str(MAWPS_TOLERANCE)), read=read_reference),),
+    protocols=(accuracy_protocol(tolerance=Decimal(str(MAWPS_TOLERANCE))),),
     # Training solutions have at most 50 tokens; room for a model that reasons in words.
     max_new_tokens=256,
     splits=(

@@ -1,6 +1,6 @@
 """Draw the paper's figures, with what was measured below its numbers, from result files.
 
-python scripts/make_figures.py                              # all, of profile paper, into results/figures
+python scripts/make_figures.py                              # all, of profile paper, into results/report-paper
 python scripts/make_figures.py --figure 3 --profile small --out pictures
 """
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", choices=PROFILES, default="paper", help="which runs (default: paper)")
     parser.add_argument("--results", type=Path, metavar="DIR", help="results folder (default: the profile's own)")
     parser.add_argument("--benchmarks", type=Path, default=ROOT / "results" / "benchmarks", metavar="DIR")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: figures/<profile> in the results folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: report-<profile> in the results folder")
     options = parser.parse_args(arguments)
     folder = options.results or results_folder(options.profile)
     try:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             benchmarks=options.benchmarks,
         )
         for number in options.figure or DRAWINGS:
-            out = options.out or folder / "figures" / options.profile
+            out = options.out or folder / f"report-{options.profile}"
             print(*save(draw(number, sources), out / f"figure{number}"), sep="\n")
     except (PaperDataError, ResultError) as error:
         print(error, file=sys.stderr)

@@ -9,15 +9,16 @@ python scripts/make_table.py --paper-only --table 1 --format latex         # one
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from reproduction.experiments import experiments
 from reproduction.grids import grid_of
 from reproduction.paper import Paper, load_paper
 from reproduction.reading import PaperDataError
 from reproduction.render import FORMATS, Grid, render
 from reproduction.results import Result, ResultError, read_results, results_folder
-from reproduction.tables import PROFILES, Planned, ablation_grid, planned_cells, table_grid
+from reproduction.tables import PROFILES, Planned, ablation_grid, table_grid
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             grids = [grid_of(paper, number) for number in _numbers(paper, options.table)]
         else:
             results = read_results(options.results or results_folder(options.profile))
-            grids = _with_results(paper, results, options, planned=planned_cells(options.profile))
+            grids = _with_results(paper, results, options, planned=experiments("all", profile=options.profile))
     except (PaperDataError, ResultError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -54,7 +55,7 @@ def _numbers(paper: Paper, table: int | None) -> tuple[int, ...]:
 
 def _with_results(
     paper: Paper, results: Sequence[Result], options: argparse.Namespace, *, planned: Sequence[Planned]
-) -> Iterable[Grid]:
+) -> list[Grid]:
     if options.ablation:
         return [ablation_grid(paper, options.ablation, results, profile=options.profile, planned=planned)]
     numbers = _numbers(paper, options.table)

@@ -24,7 +24,7 @@ STATUSES: tuple[str, ...] = get_args(Status)
 # What was measured of memory, in GiB: by the allocator of a CUDA device, and of the process.
 PEAKS = ("allocated", "reserved", "rss", "rss_above_loaded")
 # Folders of a results folder that hold result files; others, such as benchmarks/, are passed over.
-FOLDERS = ("table[0-9]*", "ablation-*")
+FOLDERS = ("table[0-9]*", "ablation-*", "tuning")
 _ROOT = Path(__file__).parents[2]
 
 
@@ -36,7 +36,7 @@ class ResultError(ValueError):
 class Identity:
     """Which cell a result is of; the fields of an experiment that tables are made by."""
 
-    # "table1", ..., "table10", or "ablation-<name>"
+    # "table1", ..., "table10", "ablation-<name>" or "tuning"
     table: str
     # "paper", "small" or "smoke"
     profile: str
@@ -47,14 +47,15 @@ class Identity:
     # 0 where the method has none
     rank: int
     seed: int
-    # table 10: the residual ratio in percent, as the paper prints it
+    # table 10: the residual ratio in percent, as the paper prints it; tuning: the learning rate
     column: str | None = None
 
     @property
     def name(self) -> str:
-        """The name of its files: `llama2-7b--crosslore--gsm8k--r128--s1`, with `--x0.6` for a column."""
+        """The name of its files: `llama2-7b--crosslore--gsm8k--r128--s1`, and `--x0.6` or `--lr3e-5` for a column."""
+        mark = "lr" if self.table == "tuning" else "x"
         parts = [self.model, self.method, self.dataset, f"r{self.rank}", f"s{self.seed}"]
-        return "--".join([*parts, *([f"x{self.column}"] if self.column is not None else [])])
+        return "--".join([*parts, *([f"{mark}{self.column}"] if self.column is not None else [])])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +155,13 @@ def result_path(folder: Path, experiment: Identity) -> Path:
 def write_result(folder: Path, result: Result) -> Path:
     """Write a result into its place in a results folder, whole or not at all, and return its path."""
     path = result_path(folder, result.experiment)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_as_json(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # A name of its own, and no .json: several runs may write at once, and a reader passes it over.
+    write_whole(path, json.dumps(_as_json(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is complete or not there; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # the part's name is its own: several runs may write at once
     handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
@@ -168,7 +173,6 @@ def write_result(folder: Path, result: Result) -> Path:
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
-    return path
 
 
 def read_results(folder: Path) -> list[Result]:

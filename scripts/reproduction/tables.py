@@ -110,13 +110,6 @@ def ablation_grid(
     )
 
 
-def planned_cells(profile: str) -> "list[Planned]":
-    """Return every cell of a profile's plan."""
-    from reproduction.experiments import experiments
-
-    return list(experiments("all", profile=profile))
-
-
 def _caption(paper: Paper, keys: Iterable[CellKey], caption: str, *, profile: str, theirs: str = "") -> str:
     """Return a caption with profile and models in front and how it was measured behind."""
     models = ", ".join(printed("model", model, paper.names) for model in dict.fromkeys(key.model for key in keys))

@@ -135,3 +135,9 @@ def test_memory_in_tables_is_of_the_device_that_was_used(results):
     cpu = results.Device(name="Xeon", kind="cpu", threads=2)
     assert sample(results, device=cpu).peak == 3.2
     assert sample(results, peak_gib={}).peak is None
+
+
+def test_runs_that_tune_are_named_by_their_learning_rate_and_are_read(results, tmp_path):
+    path = results.write_result(tmp_path, sample(results, table="tuning", column="3e-5"))
+    assert path == tmp_path / "tuning" / "llama2-7b--crosslore--gsm8k--r128--s1--lr3e-5.json"
+    assert [result.experiment.column for result in results.read_results(tmp_path)] == ["3e-5"]

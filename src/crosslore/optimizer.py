@@ -16,6 +16,7 @@ from crosslore.config import LowRankConfig, check_hyper
 from crosslore.groups import default_blocks, hyper_of, plain, refuse_misspelt, refuse_structural_change
 from crosslore.layerwise import Layerwise
 from crosslore.layout import Block, stagger_
+from crosslore.observing import Observer
 from crosslore.stepping import Item, complete_state_, full_precision, step_items
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class LowRankOptimizer(Optimizer):
         self.layerwise: Layerwise | None = None
         self.compact: CompactGradients | None = None
         self.foreach, self.compile = foreach, compile
+        self.observers: list[Observer] = []  # internal: see crosslore.observing
         self._forget()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, **asdict(config or LowRankConfig())})
@@ -108,17 +110,16 @@ class LowRankOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:  # Any: torch's own dict
         """Return what pickling and copying keep; the hooks of layerwise stay with the original."""
+        self.merge()  # the weights are copied with the groups, here or in the model, whichever comes first
         own = {"foreach": self.foreach, "compile": self.compile, "nonfinite_skips": dict(self.nonfinite_skips)}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # Any: torch's own dict
         """Restore after pickling, copying or loading."""
         super().__setstate__(state)
-        self.__dict__.setdefault("nonfinite_skips", {})
-        self.__dict__.setdefault("layerwise", None)
-        self.__dict__.setdefault("compact", None)
-        self.__dict__.setdefault("foreach", None)
-        self.__dict__.setdefault("compile", False)
+        modes: dict[str, object] = dict.fromkeys(("layerwise", "compact", "foreach"))
+        added = modes | {"compile": False, "nonfinite_skips": {}, "observers": []}
+        self.__dict__.update({name: value for name, value in added.items() if name not in self.__dict__})
         self._forget()
         for group in self.param_groups:  # a checkpoint of an older version lacks newer options
             for key, value in asdict(LowRankConfig()).items():
@@ -214,6 +215,7 @@ class LowRankOptimizer(Optimizer):
             hp=hyper_of(group),
             name=self._names(g)[i],
             group=g,
+            observers=self.observers,
         )
 
     def merge(self) -> None:

@@ -4,7 +4,8 @@
 
 (on the right side: B_t P^T). Forward adds the second term, x (P B)^T = (x P) B^T, two thin products; nothing of the
 weight's size is read or written by a step, and in bf16 the sum is rounded once, when it is merged. It is merged before
-P changes, and before anything that reads the weight: `state_dict`, copies, pickles, `to`, and on request.
+P changes, and before what reads the weight: `state_dict`, `eval`, copies, pickles, `to`, and on request. Who reads or
+writes `layer.weight` itself, as moving averages of weights do, calls `optimizer.merge()` first.
 """
 
 from dataclasses import replace
@@ -21,6 +22,8 @@ from crosslore.rules.base import state_dtype
 from crosslore.step import method_of, rounding_draws
 from crosslore.stepping import Item, Pending, finish, write_back
 
+# Merge as soon as c is smaller: a residual's entries are added to W_0 divided by it, and rounded there.
+SMALLEST_FACTOR = 2.0**-6
 # Weight -> what is pending beside it.
 _DEFERRED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -66,6 +69,8 @@ class DeferredWeight:
         self.factor *= hp.weight_factor
         self.version += 1
         self._hp, self._name, self._t = hp, ctx.name, ctx.t
+        if abs(self.factor) < SMALLEST_FACTOR:
+            self.merge_()
         if pending.method.residual is not None:  # a few entries, of W_0: c is taken out of what is added
             scaled = replace(ctx, hp=replace(hp, scale=hp.scale / self.factor))
             pending.method.residual.apply_(self.weight, update, scaled)
@@ -81,10 +86,6 @@ class DeferredWeight:
         self.layout.add_product_(target, a, b, alpha=1.0, beta=self.factor)
         if draws is not None:
             self.weight.copy_(stochastic_round(target, self.weight.dtype, generator=draws))
-        self.drop()
-
-    def drop(self) -> None:
-        """Forget what is pending: the weight was overwritten."""
         self.basis, self.low, self.factor = None, None, 1.0
         self.version += 1
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
-from weakref import WeakMethod
+from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,8 @@ class CompactFunction(torch.autograd.Function):
 
 def who_asks(weight: Tensor) -> Literal["backward", "grad", None]:
     """Return what wants a weight's gradient: `loss.backward()`, `torch.autograd.grad`, or nothing."""
+    if not weight.requires_grad:  # frozen since the forward pass
+        return None
     node = torch.autograd.graph.get_gradient_edge(weight).node
     try:
         # As torch's own register_multi_grad_hook asks.
@@ -95,15 +97,36 @@ def output(x: Tensor, weight: Tensor, bias: Tensor | None, deferred: DeferredWei
 class CompactLinear(nn.Linear):
     """`nn.Linear` in every respect but one: while a sink asks for it, the weight's gradient is never formed.
 
-    Whatever reads the weight as a whole (`state_dict`, copies, pickles, `to`) sees it with what is pending merged.
+    Whatever reads the weight as a whole (`state_dict`, copies, pickles, `to`) sees it with what is pending merged, and
+    so does `eval`, in which some modules of torch read the weights of their layers instead of calling them.
     """
+
+    # The weight that was handed over; what tracers put in its place has nothing pending beside it.
+    _own_weight: "ref[Tensor] | None" = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b."""
+        if torch.compiler.is_exporting() or isinstance(self.weight, torch.fx.Proxy):
+            self._refuse_to_be_traced_without_what_is_pending()
+            return nn.functional.linear(x, self.weight, self.bias)
         if torch.is_grad_enabled() and self.weight.requires_grad and sink_of(self.weight):
             y: Tensor = _compact_forward(x, self.weight, self.bias)
             return y
         return output(x, self.weight, self.bias, pending_of(self.weight))
+
+    def train(self, mode: bool = True) -> "CompactLinear":
+        """Set the mode; merge for evaluation."""
+        if not mode:
+            self.merge()
+        return super().train(mode)
+
+    def _refuse_to_be_traced_without_what_is_pending(self) -> None:
+        weight = None if self._own_weight is None else self._own_weight()
+        if weight is not None and pending_of(weight):
+            raise RuntimeError(
+                "the model has deferred updates pending, which an exported or traced one would lack. Call model.eval() "
+                "or optimizer.merge() first."
+            )
 
     def merge(self) -> None:
         """Put what is pending into the weight."""
@@ -116,9 +139,8 @@ class CompactLinear(nn.Linear):
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        deferred = deferred_of(self.weight)
-        if deferred is not None and f"{prefix}weight" in state_dict:
-            deferred.drop()
+        if f"{prefix}weight" in state_dict:
+            self.merge()  # what is refused, for its shape, leaves the weight as it was
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # Any: torch's own signature
@@ -128,7 +150,7 @@ class CompactLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:  # Any: torch's own attributes
         """Return what copies and pickles hold."""
         self.merge()
-        return self.__dict__.copy()
+        return {key: value for key, value in self.__dict__.items() if key != "_own_weight"}
 
 
 @_disable_dynamo  # the sink steps an optimizer: not for a compiled graph
@@ -141,12 +163,17 @@ def reason_not_compact(module: nn.Module) -> str | None:
     """Return why a module's weight must keep its whole gradient, or None if it need not."""
     if type(module) not in (nn.Linear, CompactLinear):
         return f"{type(module).__name__} is not nn.Linear itself"
+    if "forward" in vars(module):
+        return "a layer whose forward was replaced"
+    if module.weight._backward_hooks or module.weight._post_accumulate_grad_hooks:
+        return "a layer with a hook on its weight's gradient"
     return None
 
 
 def hand_over(module: nn.Linear, sink: Sink) -> None:
     """Let a layer's backward hand the factors of its weight's gradient to `sink`."""
     module.__class__ = CompactLinear
+    vars(module)["_own_weight"] = ref(module.weight)
     _SINKS[module.weight] = WeakMethod(sink)
 
 
@@ -163,4 +190,5 @@ def refuse_other_compact(weights: Iterable[Tensor]) -> None:
 def take_back(module: nn.Linear) -> None:
     """Make a layer an ordinary one again."""
     _SINKS.pop(module.weight, None)
+    vars(module).pop("_own_weight", None)
     module.__class__ = nn.Linear

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from crosslore.kernels.dispatch import sampled_product
+from crosslore.kernels.rounding import stochastic_round
 from crosslore.layout import MatrixLayout
+from crosslore.refresh import draw_generator
 from crosslore.residuals.base import Residual, StepContext
 from crosslore.rules.base import state_dtype
 
@@ -52,9 +54,11 @@ class SparseResidual(Residual):
         if ctx.t > self.warmup_steps and any(found is not None for found in (ctx.grad, ctx.kept, ctx.entries)):
             rows, cols = kept_positions(ctx.state, ctx.layout)
             delta = self._delta(update, ctx, rows, cols).mul_(ctx.hp.update_factor)
+            for observer in ctx.observers:
+                observer.on_residual(ctx.name, delta)
             # The positions are distinct, so reading, adding and writing back is exact and deterministic.
             changed = delta.add_(weight[rows, cols])
-            weight.index_put_((rows, cols), changed.to(weight.dtype))
+            weight.index_put_((rows, cols), _rounded(changed, weight.dtype, ctx))
 
     def init(self, grad: Tensor, layout: MatrixLayout) -> dict[str, Tensor]:
         """Return the state before the positions are known: zeros, so that the keys never change."""
@@ -184,6 +188,14 @@ def largest_positions(pieces: Iterable[Tensor], count: int) -> Tensor:
         offset += flat.numel()
     assert best is not None
     return best[1].sort().values
+
+
+def _rounded(values: Tensor, dtype: torch.dtype, ctx: StepContext) -> Tensor:
+    """Return entries in the weight's dtype, rounded at random where a bf16 weight itself is changed: a deferred one."""
+    if not ctx.hp.stochastic_rounding or dtype != torch.bfloat16:
+        return values.to(dtype)
+    draws = draw_generator(ctx.hp.seed, f"{ctx.name}|residual", ctx.t, values.device)
+    return stochastic_round(values, dtype, generator=draws)
 
 
 def _sampled(ctx: StepContext, low: Tensor, rows: Tensor, cols: Tensor) -> Tensor:

@@ -4,12 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-MODEL := models/SmolLM2-135M-Instruct/crosslore_model.json
+EMBEDDED := models/SmolLM2-135M-Instruct/crosslore_model.json
 EXTRAS := llamafactory,eval,bnb,dev
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format model benchmark ablation data clean
+.PHONY: help setup demo test check format model benchmark ablation data clean reproduce-all
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -24,15 +24,15 @@ $(STAMP): pyproject.toml constraints.txt src/_crosslore_hook.py src/crosslore_ll
 	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
-model: $(MODEL) ## Get and convert the embedded model, SmolLM2-135M-Instruct (once)
+model: $(EMBEDDED) ## Get and convert the embedded model, SmolLM2-135M-Instruct (once)
 
-$(MODEL): | $(STAMP)
+$(EMBEDDED): | $(STAMP)
 	$(PY) scripts/get_model.py
 
-demo: $(STAMP) $(MODEL) ## Set up, fine-tune the embedded model, evaluate before and after (12 minutes on 2 cores)
+demo: $(STAMP) $(EMBEDDED) ## Set up, fine-tune the embedded model, evaluate before and after (12 minutes on 2 cores)
 	$(PY) scripts/demo.py
 
-test: $(STAMP) $(MODEL) ## Set up and run all checks and tests (PYTEST_ARGS="..." selects)
+test: $(STAMP) $(EMBEDDED) ## Set up and run all checks and tests (PYTEST_ARGS="..." selects)
 	@$(MAKE) --no-print-directory check
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)  # small tensors: more threads only wait
 
@@ -42,6 +42,7 @@ check: $(STAMP) ## Format, lint, types and size limits
 	$(VENV)/bin/mypy
 	$(PY) scripts/check_sizes.py
 	$(PY) scripts/make_methods_table.py --check
+	$(PY) scripts/make_configs.py --check
 	$(PY) benchmarks/tables.py --check
 	$(PY) benchmarks/ablation_report.py --check
 
@@ -49,12 +50,26 @@ format: $(STAMP) ## Format the code
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-benchmark: $(STAMP) $(MODEL) ## Measure step time, memory, subspace error and time split against the peers (1 hour on 2 idle cores; resumable)
+benchmark: $(STAMP) $(EMBEDDED) ## Measure step time, memory, subspace error and time split against the peers (1 hour on 2 idle cores; resumable)
 	$(PY) benchmarks/run.py $(BENCHMARK_ARGS)
 
-ablation: $(STAMP) $(MODEL) ## Fine-tune with one choice changed at a time, E2E and GSM8K (3 hours on 2 idle cores; resumable; needs make data)
+ablation: $(STAMP) $(EMBEDDED) ## Fine-tune with one choice changed at a time, E2E and GSM8K (3 hours on 2 idle cores; resumable; needs make data)
 	$(PY) benchmarks/ablation.py $(ABLATION_ARGS)
 	$(PY) benchmarks/ablation_report.py
+
+# PROFILE=paper|small|smoke MODEL=[NAME=]DIR DATA=DIR SEEDS=N ONLY=method=crosslore,rank=16 JOBS=N
+PROFILE ?= paper
+REPRODUCE = $(PY) scripts/reproduce.py --profile $(PROFILE) $(foreach one,$(MODEL),--model $(one)) \
+  $(if $(DATA),--data $(DATA)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ONLY),--only $(ONLY)) $(if $(JOBS),--jobs $(JOBS)) \
+  $(REPRODUCE_ARGS)
+
+reproduce-all: $(STAMP) $(if $(filter paper,$(PROFILE)),,$(EMBEDDED)) ## Train and score every cell of the paper, then tables, figures, report
+	$(REPRODUCE) all
+
+# One target: reproduce-table1 ... reproduce-table10, reproduce-figure1 ... -figure4, reproduce-ablations. Resumable.
+# A profile that tunes does so first, where it has not yet.
+reproduce-%: $(STAMP) $(if $(filter paper,$(PROFILE)),,$(EMBEDDED))
+	$(REPRODUCE) $(if $(filter small,$(PROFILE)),tuning) $*
 
 data: $(STAMP) ## Prepare GSM8K, MAWPS and E2E for training (SOURCE=folder; from the hub without MAWPS)
 	$(PY) scripts/prepare_data.py $(if $(SOURCE),--source $(SOURCE))

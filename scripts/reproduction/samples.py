@@ -73,15 +73,18 @@ def _parts(task: Task, choice: DatasetChoice, source: Path | None) -> dict[str, 
         train, test = (_bundled_rows(task, choice.bundled, split=split) for split in ("train", "test"))
         return {"train": evenly_spaced(train, choice.train_rows), "test": _test_sample(task, test, choice.test_rows)}
     train, test = (_split_rows(task, split, source) for split in ("train", task.test_split))
-    parts = {"test": _test_sample(task, test, choice.test_rows)}
-    if choice.dev_split == "train":  # the data set has no held-out split: some training rows are put aside
-        places = range(len(train))
-        held_out = set(evenly_spaced(places, choice.dev_rows))
-        parts["dev"] = [train[place] for place in sorted(held_out)]
-        train = [row for place, row in enumerate(train) if place not in held_out]
-    elif choice.dev_split:
-        parts["dev"] = evenly_spaced(_split_rows(task, choice.dev_split, source), choice.dev_rows)
-    return {"train": evenly_spaced(train, choice.train_rows), **parts}
+    dev: list[Row] = []
+    if choice.dev_split:
+        dev_rows = train if choice.dev_split == "train" else _split_rows(task, choice.dev_split, source)
+        dev = evenly_spaced(dev_rows, choice.dev_rows)
+        # Rows that were taken from the train split, and those of MAWPS that are in both splits.
+        held_out = {row["input"] for row in dev}
+        train = [row for row in train if row["input"] not in held_out]
+    return {
+        "train": evenly_spaced(train, choice.train_rows),
+        "test": _test_sample(task, test, choice.test_rows),
+        **({"dev": dev} if dev else {}),
+    }
 
 
 def _split_rows(task: Task, name: str, source: Path | None) -> list[Row]:

@@ -1,10 +1,11 @@
 """From a weight with its gradient to the step of its blocks: the loop path and the foreach path."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from math import inf
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +14,13 @@ from crosslore.compiled import compiled_step, step_numbers, suits
 from crosslore.config import Hyper, LowRankConfig
 from crosslore.groups import largest_of_each
 from crosslore.layout import Block
+from crosslore.observing import Observer, all_refreshing
 from crosslore.registry import build_rule
 from crosslore.residuals.base import StepContext
 from crosslore.step import Method, apply_update_, compact_gradient, fullrank_step, init_state, method_of
+
+if TYPE_CHECKING:
+    from crosslore.compact.factors import GradientFactors
 
 State = dict[str, Tensor]
 
@@ -39,6 +44,8 @@ class Item:
     name: str
     # Index of its group: items of one group share their options.
     group: int
+    # Who looks on; see crosslore.observing.
+    observers: Sequence[Observer] = ()
 
     def due_next(self) -> bool:
         """Return whether the next step fits a basis to the gradient."""
@@ -168,9 +175,19 @@ def begin(item: Item, grad: Tensor, *, may_refresh: bool = True) -> Iterator[Pen
         says_nothing = asked and not bool(matrix.any()) and not ("sketch" in part and bool(part["sketch"].any()))
         may_fit = may_refresh and not says_nothing
         name = draw_name(item.name, block.key)
-        ctx = compact_gradient(matrix, part, method, block.layout, item.hp, t, name=name, may_fit=may_fit)
+        watched = item.observers and may_refresh and method.refresh.due(t)
+        with all_refreshing(item.observers, matrix) if watched else nullcontext():
+            ctx = compact_gradient(matrix, part, method, block.layout, item.hp, t, name=name, may_fit=may_fit)
         write_back(item.state, block.key, part)
-        yield Pending(item, block, method, ctx)
+        yield shown(Pending(item, block, method, ctx))
+
+
+def shown(pending: Pending, *, factors: "GradientFactors | None" = None) -> Pending:
+    """Return a block at the beginning of its step, after the optimizer's observers have seen it."""
+    pending.ctx.observers = pending.item.observers
+    for observer in pending.item.observers:
+        observer.on_gradient(pending, factors=factors)
+    return pending
 
 
 def finish(pending: Pending, update: Tensor | None = None) -> None:

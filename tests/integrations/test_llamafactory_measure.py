@@ -234,6 +234,7 @@ def test_without_the_variable_a_run_is_called_as_it_was(monkeypatch: pytest.Monk
     calls: list[tuple] = []
     module = ModuleType("llamafactory.train.tuner")
     module.run_exp = lambda args, callbacks: calls.append((args, callbacks))
+    module.read_args = lambda args: args or {}
     hooks.patch(module)
     monkeypatch.delenv("CROSSLORE_MEASURE", raising=False)
     module.run_exp({"a": 1})
@@ -273,15 +274,21 @@ def test_every_type_is_measured(method: str, config: dict, tmp_path: Path, monke
 
 @pytest.mark.slow
 def test_the_command_line_measures_crosslore_only_when_asked(config: dict, tmp_path: Path) -> None:
-    path = write_yaml(tmp_path, config | {"max_steps": 3, "val_size": 4, "do_eval": True})
+    looks = {"crosslore_telemetry": True, "crosslore_telemetry_every": 2}
+    path = write_yaml(tmp_path, config | looks | {"max_steps": 4, "val_size": 4, "do_eval": True})
     result = run(BIN / "llamafactory-cli", "train", path, CROSSLORE_MEASURE=str(tmp_path / "m.json"))
     assert result.returncode == 0, result.stderr[-3000:]
     found = read(tmp_path / "m.json")
-    assert found["steps"] == 3 and found["train_seconds"] > 0
+    assert found["steps"] == 4 and found["train_seconds"] > 0
     assert found["eval_loss"] == read(tmp_path / "out" / "eval_results.json")["eval_loss"]  # evaluated after training
+    assert found["telemetry"]["looks"] == 2 and 0 < found["telemetry"]["subspace_error"] < 1
+    history = read(tmp_path / "out" / "trainer_state.json")["log_history"]
+    assert [row["step"] for row in history if "crosslore/subspace_error" in row] == [2, 4]
     shutil.rmtree(tmp_path / "out")
     for left in tmp_path.glob("m.json*"):
         left.unlink()
+    path = write_yaml(tmp_path, config | {"max_steps": 1})
     result = run(BIN / "llamafactory-cli", "train", path, CROSSLORE_MEASURE="")
     assert result.returncode == 0 and (tmp_path / "out" / "model.safetensors").is_file()
     assert list(tmp_path.glob("m.json*")) == []
+    assert "crosslore/" not in (tmp_path / "out" / "trainer_state.json").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from crosslore.compact.factors import GradientFactors
 from crosslore.residuals.sparse import SparseResidual, kept_positions
 from crosslore.rules.base import state_dtype
 from crosslore.step import Method, context_of, method_of
-from crosslore.stepping import Item, Pending, block_state, draw_name, steps_done
+from crosslore.stepping import Item, Pending, block_state, draw_name, shown, steps_done
 
 
 @dataclass
@@ -79,4 +79,4 @@ def begin_compact(item: Item, factors: GradientFactors) -> Iterator[Pending]:
         ctx = context_of(None, low, basis, part, method, layout, item.hp, t, name=name)
         if isinstance(method.residual, SparseResidual) and method.residual.active(t):
             ctx.kept = own.entries(*kept_positions(part, layout))
-        yield Pending(item, block, method, ctx)
+        yield shown(Pending(item, block, method, ctx), factors=own)

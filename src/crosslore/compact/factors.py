@@ -9,6 +9,9 @@ from crosslore.kernels.dispatch import sampled_product
 from crosslore.layout import Block, MatrixLayout
 from crosslore.rules.base import state_dtype
 
+# Entries of a product that are alive at once while a norm is computed; 4 MiB in fp32.
+PIECE = 1 << 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class GradientFactors:
@@ -47,6 +50,20 @@ class GradientFactors:
         if layout.side == "right":
             return outputs.mT @ (inputs @ basis)
         return (outputs @ basis).mT @ inputs
+
+    def norm_squared(self) -> Tensor:
+        """Return |G|^2 = sum((D D^T) * (X X^T)), (), fp32 or fp64; a few tokens, or rows of G, at a time."""
+        dtype = state_dtype(self.outputs)
+        outputs, inputs = self.outputs.to(dtype), self.inputs.to(dtype)
+        total = outputs.new_zeros(())
+        if self.larger_than_dense:  # then the rows of G are the cheaper way too
+            for rows in outputs.mT.split(max(1, PIECE // max(1, inputs.shape[1]))):
+                total += (rows @ inputs).square().sum()
+            return total
+        at_once = max(1, PIECE // max(1, len(outputs)))
+        for some_outputs, some_inputs in zip(outputs.split(at_once), inputs.split(at_once), strict=True):
+            total += (some_outputs @ outputs.mT).mul_(some_inputs @ inputs.mT).sum()
+        return total
 
     def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Return G[rows, cols], (k,), fp32 or fp64: a product of D and X sampled at these positions."""

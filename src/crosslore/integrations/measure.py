@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from crosslore.integrations.telemetry import telemetry_of
+
 logger = logging.getLogger(__name__)
 
 VARIABLE = "CROSSLORE_MEASURE"
@@ -115,6 +117,9 @@ class MeasureCallback(TrainerCallback):  # type: ignore[misc]
             "device": describe_device(self.device),
             "processes": args.world_size,
         }
+        telemetry = telemetry_of(kwargs.get("optimizer"))
+        if telemetry is not None:
+            self.result["telemetry"] = telemetry.summary()
         if self.counter is not None:
             self.counter.remove()
         self._write(self.path, self.result, state=state)

@@ -1,7 +1,7 @@
 """What a residual sees and does."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from crosslore.config import Hyper
 from crosslore.layout import MatrixLayout
+from crosslore.observing import Observer
 from crosslore.rules.base import Rule
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class StepContext:
     late: bool = False
     # What a residual carries from the start of the step to its end.
     carry: dict[str, Tensor] = field(default_factory=dict)
+    # Who looks on; see crosslore.observing.
+    observers: Sequence[Observer] = ()
 
 
 @dataclass(frozen=True)

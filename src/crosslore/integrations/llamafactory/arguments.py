@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from llamafactory.hparams import finetuning_args as upstream
 
-from crosslore.checks import check_choice
+from crosslore.checks import check_choice, check_int
 from crosslore.compact.attach import WEIGHTS
 from crosslore.config import ALL_LINEAR, LowRankConfig
 from crosslore.presets import get_preset
+from crosslore.telemetry import EVERY
 
 # YAML name -> field of LowRankConfig.
 CONFIG_FIELDS = {
@@ -94,6 +95,12 @@ class CrossLoreArguments:
     crosslore_seed: int | None = field(
         default=None, metadata={"help": "CrossLore: seed of heads and sketches. Default: the training seed."}
     )
+    crosslore_telemetry: bool = field(
+        default=False, metadata={"help": "CrossLore: log subspace errors, refresh times and skipped weights."}
+    )
+    crosslore_telemetry_every: int = field(
+        default=EVERY, metadata={"help": "CrossLore: steps between two looks at all weights, >= 1; refreshes always."}
+    )
     use_crosslore: bool = field(default=False, metadata={"help": "Set by `finetuning_type: crosslore`."})
 
 
@@ -123,6 +130,7 @@ class CrossLoreFinetuningArguments(CrossLoreArguments, upstream.FinetuningArgume
                     "crosslore_weights 'deferred' is for crosslore_gradients 'compact' (or 'auto'), got "
                     f"{self.crosslore_gradients!r}. Leave one of them out."
                 )
+            check_int("crosslore_telemetry_every", self.crosslore_telemetry_every, low=1, hint="It is in steps.")
             check_choice("crosslore_clip", self.crosslore_clip, ("weight", "stale-global"))
             self.crosslore_overrides(training_seed=0)
         super().__post_init__()

@@ -6,10 +6,10 @@
 | hparams.parser | `_parse_args` | parses our fields when the type is asked for |
 | model.adapter | `_setup_full_tuning` | logs the honest type |
 | train.trainer_utils | `create_custom_optimizer`, `create_modelcard_and_push` | our optimizer, the honest type |
-| train.tuner | `run_exp` | measures the run if `CROSSLORE_MEASURE` names a file |
+| train.tuner | `run_exp` | measures the run if `CROSSLORE_MEASURE` names a file; logs telemetry |
 
-For every other fine-tuning type each of them calls the original with the original arguments; `run_exp` adds a
-callback for any type, and only when that variable is set.
+For every other fine-tuning type each of them calls the original with the original arguments; but `run_exp` measures
+any type when that variable is set.
 """
 
 import copy
@@ -167,15 +167,20 @@ def _wrap_model_card(module: ModuleType, push: Callable[..., Any]) -> Callable[.
 
 
 def _wrap_run(module: ModuleType, run: Callable[..., None]) -> Callable[..., None]:
-    def run_measured(args: Any = None, callbacks: list[Any] | None = None) -> None:
+    def run_with_callbacks(args: Any = None, callbacks: list[Any] | None = None) -> None:
+        added: list[Any] = []  # transformers' callbacks
         path = os.environ.get("CROSSLORE_MEASURE")
         if path:
             from crosslore.integrations.measure import MeasureCallback
 
-            callbacks = [*(callbacks or []), MeasureCallback(path)]
-        run(args, callbacks)
+            added.append(MeasureCallback(path))
+        if asks_for_type(module.read_args(args)):
+            from crosslore.integrations.telemetry import TelemetryCallback
 
-    return run_measured
+            added.append(TelemetryCallback(every=None))  # logs if `crosslore_telemetry` made something look
+        run(args, [*(callbacks or []), *added] if added else callbacks)
+
+    return run_with_callbacks
 
 
 # Module -> function -> what makes the replacement from (module, original).

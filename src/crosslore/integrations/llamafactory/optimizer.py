@@ -12,6 +12,7 @@ from crosslore.integrations.accelerate import report_true_norm
 from crosslore.optimizer import LowRankOptimizer
 from crosslore.presets import get_preset
 from crosslore.registry import unknown_name
+from crosslore.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,8 @@ def create_crosslore_optimizer(model: nn.Module, training_args: Any, finetuning_
         raise ValueError(str(error).replace("`targets`", "`crosslore_target`")) from None
     if gradients in ("auto", "compact", "compact-layerwise"):
         _let_be_compact(optimizer, model, training_args, finetuning_args)
+    if finetuning_args.crosslore_telemetry:  # the callback that `run_exp` was given logs it
+        Telemetry(optimizer, every=finetuning_args.crosslore_telemetry_every)
     return optimizer
 
 

@@ -1,0 +1,233 @@
+"""One cell, from its configuration to its result file; what an interrupted one has done is not done again."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from demo_training import plan_training, training_command
+
+from reproduction.cells import TUNING, Experiment
+from reproduction.configs import PROTOCOLS, config_hash, evaluation_command, training_config
+from reproduction.facts import commit, device, packages
+from reproduction.processes import Processes
+from reproduction.results import DataFile, Result, Score, Status, read_result, result_path, write_result
+
+# What a program prints when memory is short.
+OOM = re.compile(r"out of memory|OutOfMemoryError|DefaultCPUAllocator: can't allocate|Cannot allocate memory", re.I)
+# Exit code of a process that was killed; nobody but the system does that, for memory.
+KILLED = -9
+# Beside the protocol of the paper's columns: multi-reference scores.
+OFFICIAL = "e2e-official"
+ATTEMPTS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What all cells of a run have in common."""
+
+    # model identifier -> folder or hub name
+    models: Mapping[str, str]
+    # folder with the prepared rows, and by data set what they are
+    data: Path
+    files: Mapping[str, Mapping[str, DataFile]]
+    work: Path
+    results: Path
+    threads: int
+    # whether trained models stay after they were scored
+    keep: bool
+    processes: Processes
+
+
+class CellFailed(RuntimeError):
+    """A cell's process ended badly; `oom` says whether for memory."""
+
+    def __init__(self, reason: str, *, oom: bool) -> None:
+        """Keep the reason, one line."""
+        super().__init__(reason)
+        self.oom = oom
+
+
+def data_of(exp: Experiment, setup: Setup) -> dict[str, DataFile]:
+    """Return the rows that a cell trains on and is measured on."""
+    files = setup.files[exp.dataset]
+    return {"train": files["train"], "test": files["dev" if exp.table == TUNING else "test"]}
+
+
+def finished(exp: Experiment, setup: Setup) -> Result | None:
+    """Return the result of a cell if it is there for just this configuration and data; failed ones run again."""
+    path = result_path(setup.results, exp)
+    if not path.is_file():
+        return None
+    result = read_result(path)
+    same = result.config_hash == hash_of(exp, setup) and dict(result.data) == data_of(exp, setup)
+    return result if same and result.status != "failed" else None
+
+
+def reusable(exp: Experiment, setup: Setup, others: list[Result]) -> Result | None:
+    """Return the result of another table's cell of the same configuration and data, as this cell's."""
+    wanted, data = hash_of(exp, setup), data_of(exp, setup)
+    for other in others:
+        if other.config_hash == wanted and dict(other.data) == data and other.status == "ok":
+            return replace(other, experiment=exp.identity, reused_from=other.reused_from or other.experiment.table)
+    return None
+
+
+def config_of(exp: Experiment, setup: Setup) -> dict[str, Any]:  # Any: values of a configuration
+    """Return the cell's configuration, with the folders of this run."""
+    return training_config(exp, model=setup.models[exp.model], data=setup.data, output=folder_of(exp, setup) / "model")
+
+
+def hash_of(exp: Experiment, setup: Setup) -> str:
+    """Return the hash of the cell's configuration."""
+    return config_hash(config_of(exp, setup), exp=exp)
+
+
+def folder_of(exp: Experiment, setup: Setup) -> Path:
+    """Return the folder that a cell works in."""
+    return setup.work / "cells" / exp.table / exp.name
+
+
+def run_cell(exp: Experiment, setup: Setup) -> Result:
+    """Return the result of a cell, written to its file; a second attempt is made if the first one fails.
+
+    Out of memory is a result too, and so is a failure: the row says why.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            result = _trained_and_scored(exp, setup)
+            break
+        except CellFailed as error:
+            if error.oom or attempt == ATTEMPTS:
+                result = _result(exp, setup, status="oom" if error.oom else "failed", reason=str(error))
+                break
+    write_result(setup.results, result)
+    if result.status == "ok" and not setup.keep:
+        shutil.rmtree(folder_of(exp, setup), ignore_errors=True)
+    return result
+
+
+def _trained_and_scored(exp: Experiment, setup: Setup) -> Result:
+    folder, config = folder_of(exp, setup), config_of(exp, setup)
+    marker = folder / "trained.json"
+    identity = json.dumps([config_hash(config, exp=exp), {k: v.sha256 for k, v in data_of(exp, setup).items()}])
+    if (folder / "started.json").is_file() and (folder / "started.json").read_text(encoding="utf-8") != identity:
+        shutil.rmtree(folder)  # of other settings
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "started.json").write_text(identity, encoding="utf-8")
+    if not marker.is_file():
+        _train(config, folder, setup)
+        marker.write_text("{}", encoding="utf-8")
+    measure = json.loads((folder / "measure.json").read_text(encoding="utf-8"))
+    scores = _held_out(measure) if exp.table == TUNING else _scores(exp, folder, setup)
+    return _result(exp, setup, status="ok", measure=measure, scores=scores)
+
+
+def _train(config: Mapping[str, Any], folder: Path, setup: Setup) -> None:
+    path, log = folder / "config.yaml", folder / "train.log"
+    path.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+    plan = plan_training(folder / "model")
+    if plan.checkpoint is None:
+        shutil.rmtree(folder / "model", ignore_errors=True)
+    command = training_command(path, folder / "model", plan)
+    code = _run(command, log=log, folder=folder, setup=setup, more={"CROSSLORE_MEASURE": str(folder / "measure.json")})
+    if code != 0:
+        raise _failure("training", code, log)
+
+
+def _scores(exp: Experiment, folder: Path, setup: Setup) -> dict[str, Score]:
+    out, log, printed = folder / "predictions.jsonl", folder / "evaluation.log", folder / "scores.json"
+    is_adapter = (folder / "model" / "adapter_config.json").is_file()
+    base = setup.models[exp.model] if is_adapter else None
+    command = evaluation_command(exp, model=folder / "model", data=setup.data, out=out, base=base)
+    found = _scored(command, log=log, printed=printed, folder=folder, setup=setup)
+    if PROTOCOLS[exp.dataset] == "paper":
+        again = ["crosslore-eval", "score", exp.dataset, "--predictions", str(out), "--data", str(setup.data)]
+        again += ["--protocol", OFFICIAL, "--confidence", "--json"]
+        if exp.dataset == "e2e":
+            more = _scored(again, log=log, printed=folder / "official.json", folder=folder, setup=setup)
+            found |= {f"{OFFICIAL}/{name}": score for name, score in more.items()}
+    return found
+
+
+def _scored(command: list[str], *, log: Path, printed: Path, folder: Path, setup: Setup) -> dict[str, Score]:
+    program = str(Path(sys.executable).with_name(command[0]))
+    code = _run([program, *command[1:]], log=log, folder=folder, setup=setup, output=printed)
+    if code != 0:
+        raise _failure("evaluation", code, log)
+    return {name: _score(entry) for name, entry in json.loads(printed.read_text(encoding="utf-8"))["scores"].items()}
+
+
+def _score(entry: Mapping[str, Any]) -> Score:  # Any: JSON of crosslore-eval
+    low, high = entry.get("confidence_95") or (None, None)
+    value = entry.get("value")
+    reason = "" if value is not None else str(entry.get("error") or "not computed")
+    return Score(value=value, low=low, high=high, signature=str(entry.get("signature", "")), reason=reason)
+
+
+def _held_out(measure: Mapping[str, Any]) -> dict[str, Score]:  # Any: JSON of the callback
+    value = measure.get("eval_loss")
+    if value is None:
+        raise CellFailed("the run ended without a held-out loss (eval_loss)", oom=False)
+    return {"eval_loss": Score(value=float(value), signature="mean over held-out rows, by transformers' Trainer")}
+
+
+def _run(
+    command: list[str], *, log: Path, folder: Path, setup: Setup, more: Mapping[str, str] | None = None,
+    output: Path | None = None,
+) -> int:  # fmt: skip
+    # LLaMA-Factory starts a bare `torchrun` when it sees several GPUs.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    environment = {"PATH": path, "OMP_NUM_THREADS": str(setup.threads), **(more or {})}
+    environment |= {"HF_HUB_OFFLINE": "1"} if all(Path(name).is_dir() for name in setup.models.values()) else {}
+    return setup.processes.run(command, log=log, environment=environment, folder=Path.cwd(), output=output)
+
+
+def _failure(what: str, code: int, log: Path) -> CellFailed:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    last = next((line for line in reversed(lines) if not line.startswith(("$", "  "))), "no output")[:300]
+    short = next((line for line in reversed(lines) if OOM.search(line)), None)
+    if short or code == KILLED:
+        return CellFailed(f"{what}: {(short or 'killed by the system')[:300]}", oom=True)
+    return CellFailed(f"{what} ended with exit code {code}: {last} (its log: {log})", oom=False)
+
+
+def _result(
+    exp: Experiment, setup: Setup, *, status: Status, reason: str = "", measure: Mapping[str, Any] | None = None,
+    scores: Mapping[str, Score] | None = None,
+) -> Result:  # fmt: skip
+    measure = measure or {}
+    peak = {name.removesuffix("_gib"): value for name, value in measure.get("peak", {}).items() if value is not None}
+    losses = measure.get("losses") or [[0, measure.get("loss_last")]]
+    train = {"steps": measure.get("steps"), "loss_last": losses[-1][1], "tokens": measure.get("tokens"),
+             "trainable_parameters": measure.get("trainable_parameters")}  # fmt: skip
+    seconds = measure.get("train_seconds")
+    config = {key: _without_folder(value) for key, value in config_of(exp, setup).items()}
+    return Result(
+        experiment=exp.identity,
+        status=status,
+        reason=reason,
+        config=config,
+        config_hash=hash_of(exp, setup),
+        commit=commit(),
+        packages=packages(),
+        data=data_of(exp, setup),
+        device=device(setup.threads),
+        hours=None if seconds is None else float(seconds) / 3600,
+        peak_gib=peak,
+        train={name: value for name, value in train.items() if value is not None},
+        scores=scores or {},
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _without_folder(value: Any) -> Any:  # Any: a value of a configuration
+    """Return a path as its last part: whose folders they were says nothing about a result."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

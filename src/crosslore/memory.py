@@ -24,6 +24,7 @@ from crosslore.config import LowRankConfig
 from crosslore.layout import Block
 from crosslore.optimizer import LowRankOptimizer
 from crosslore.rules.adamw8bit import BLOCK_SIZE, MIN_8BIT_SIZE
+from crosslore.stepping import Item
 
 
 def state_bytes(optimizer: LowRankOptimizer) -> int:
@@ -34,14 +35,16 @@ def state_bytes(optimizer: LowRankOptimizer) -> int:
     """
     if not isinstance(optimizer, LowRankOptimizer):
         raise TypeError(f"state_bytes takes a LowRankOptimizer, got {type(optimizer).__name__}.")
-    total = 0
-    for g, group in enumerate(optimizer.param_groups):
-        config = LowRankConfig.from_group(group)
-        for i, weight in enumerate(group["params"]):
-            blocks = optimizer.item(g, i).blocks
-            total += 4 + sum(block_bytes(block, config, weight.dtype) for block in blocks)
-            total += 0 if blocks else rule_bytes(config.rule, tuple(weight.shape), weight.dtype)
-    return total
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    return sum(item_bytes(optimizer.item(g, i)) for g, size in enumerate(sizes) for i in range(size))
+
+
+def item_bytes(item: Item) -> int:
+    """Return the bytes of one weight's state."""
+    weight = item.weight
+    if not item.blocks:
+        return 4 + rule_bytes(item.config.rule, tuple(weight.shape), weight.dtype)
+    return 4 + sum(block_bytes(block, item.config, weight.dtype) for block in item.blocks)
 
 
 def block_bytes(block: Block, config: LowRankConfig, dtype: torch.dtype) -> int:

@@ -8,7 +8,7 @@ from reproduction.configs import merged_settings
 from reproduction.profiles import load_profiles
 
 # Rows in a step of the profiles that tune.
-STEP_ROWS = 4
+STEP_ROWS = 2
 
 
 def training_steps(exp: Experiment) -> int:
@@ -34,8 +34,10 @@ def estimated_seconds(exp: Experiment) -> float:
 
 def evaluation_seconds(exp: Experiment) -> float:
     """Return about how long the answers of a cell take, or the held-out loss of a run for tuning."""
-    data = load_profiles().profile(exp.profile).datasets[exp.dataset]
+    profile = load_profiles().profile(exp.profile)
+    data = profile.datasets[exp.dataset]
     if exp.table == TUNING:
         # A forward pass is a third of a step; rows count, not batches.
         return data.dev_rows * data.step_seconds / (3 * STEP_ROWS)
-    return (data.test_rows or TASKS[exp.dataset].split(None).rows) * data.answer_seconds
+    # The imports and the model again, without LLaMA-Factory: half of a training's start.
+    return profile.start_seconds / 2 + (data.test_rows or TASKS[exp.dataset].split(None).rows) * data.answer_seconds

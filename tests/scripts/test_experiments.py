@@ -107,6 +107,13 @@ def test_the_papers_estimate_is_its_own_time(lib):
     assert hours["lora"] == pytest.approx(0.53, rel=0.1) and hours["galore_stock"] == pytest.approx(3.5, rel=0.1)
 
 
+def test_the_small_profile_fits_into_its_hours(lib):
+    """Tuning and tables 1 and 2, 102 trainings, in 3 hours of two processes."""
+    runs = [cell for target in ("tuning", "table1", "table2") for cell in cells(lib, target, "small")]
+    hours = sum(lib.costs.estimated_seconds(run) for run in runs) / 3600
+    assert len(runs) == 102 and 4 < hours < 2 * 3.1
+
+
 @pytest.mark.parametrize(
     ("target", "profile", "message"),
     [

@@ -71,9 +71,9 @@ def create_optimizer(
         model: any module. Attention heads are read from `model.config` when it has one.
         preset: a name of `PRESETS`.
         lr: learning rate per step; the paper uses 1e-6 with scale 16 to 128.
-        gradients: "full" (None): as any optimizer. "layerwise": step each weight inside backward and free its gradient;
-            see `attach_layerwise`. "compact": layers hand over P^T G, G is not formed; see `attach_compact`.
-            "compact-layerwise": both, the least memory.
+        gradients: "full" (None): as any optimizer. "layerwise": step each weight inside backward and free its gradient.
+            "compact": layers hand over P^T G, G is not formed. "compact-layerwise": both. See `attach_layerwise` and
+            `attach_compact`.
         layerwise: gradients="layerwise".
         accumulation_steps: backward passes per step. Not for full gradients.
         max_grad_norm: largest gradient norm, None: no clipping. For full gradients clip before `step()` instead.
@@ -85,8 +85,8 @@ def create_optimizer(
 
     Raises:
         TypeError: an unknown option (near names are listed), a wrong type, or `model` is no module.
-        ValueError: a value out of range, a rank that does not fit a layer, a name that matches no layer, a
-            quantised or sharded model. The model is unchanged then.
+        ValueError: a value out of range, a rank or name that fits no layer, a quantised or sharded model. The model is
+            unchanged then.
     """
     _check_switches(layerwise=layerwise, compile=compile, foreach=False if foreach is None else foreach)
     mode = _gradients(gradients, layerwise, weights)
@@ -94,21 +94,29 @@ def create_optimizer(
     chosen, model = get_preset(preset), _supported(model)
     options = rule_options(chosen)
     config = _override(chosen.config, options, overrides)
-    is_compact, is_layerwise = mode.startswith("compact"), mode.endswith("layerwise")
-    refuse_whole_gradients(config.residual if is_compact else None)
+    refuse_whole_gradients(config.residual if mode.startswith("compact") else None)
     low_rank = plan_blocks(model, config, explicit=frozenset(overrides))
-    frozen = {id(w): w for w in embedding_weights(model).values()} if config.embeddings == "frozen" else {}
+    frozen = _to_freeze(model, config)
     trained = [(plain_name(n), p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in frozen]
     groups = _groups(trained, low_rank, weight_decay=options["weight_decay"])
     optimizer = LowRankOptimizer(groups, lr=lr, **options, config=config, foreach=foreach, compile=compile)
-    limits: dict[str, Any] = {"accumulation_steps": accumulation_steps, "max_grad_norm": max_grad_norm, "clip": clip}
-    if is_compact:
-        attach_compact(optimizer, model, weights=weights, layerwise=is_layerwise, **limits)
-    elif is_layerwise:
-        attach_layerwise(optimizer, **limits)
+    limits = {"accumulation_steps": accumulation_steps, "max_grad_norm": max_grad_norm, "clip": clip}
+    _attach(optimizer, model, mode, weights=weights, limits=limits)
     _freeze(frozen)
     _log_summary(preset, config, low_rank, total=len(trained))
     return optimizer
+
+
+def _attach(optimizer: LowRankOptimizer, model: nn.Module, mode: str, *, weights: Weights, limits: Any) -> None:
+    # Any: arguments that both take
+    if mode.startswith("compact"):
+        attach_compact(optimizer, model, weights=weights, layerwise=mode.endswith("layerwise"), **limits)
+    elif mode == "layerwise":
+        attach_layerwise(optimizer, **limits)
+
+
+def _to_freeze(model: nn.Module, config: LowRankConfig) -> dict[int, Tensor]:
+    return {id(w): w for w in embedding_weights(model).values()} if config.embeddings == "frozen" else {}
 
 
 def _freeze(weights: dict[int, Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from crosslore.checkpoint import check_same_structure, restore_dtypes
 from crosslore.compact.gradients import CompactGradients
+from crosslore.compact.scaler import finish_unscaled
 from crosslore.config import LowRankConfig, check_hyper
 from crosslore.groups import default_blocks, hyper_of, plain, refuse_misspelt, refuse_structural_change
 from crosslore.layerwise import Layerwise
@@ -69,9 +70,9 @@ class LowRankOptimizer(Optimizer):
     ) -> None:
         """Build the groups; no state is allocated before the first step."""
         if isinstance(params, torch.nn.Module):
+            got = f"the model {type(params).__name__}"
             raise TypeError(
-                f"LowRankOptimizer takes parameters or groups, got the model {type(params).__name__}. "
-                "Use create_optimizer(model, ...)."
+                f"LowRankOptimizer takes parameters or groups, got {got}. Use create_optimizer(model, ...)."
             )
         check_hyper(lr=plain(lr), betas=betas, eps=eps, weight_decay=weight_decay)
         self.nonfinite_skips: dict[str, int] = {}
@@ -157,13 +158,11 @@ class LowRankOptimizer(Optimizer):
         Raises:
             RuntimeError: if a gradient is sparse.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         if self.layerwise is not None:
             self.layerwise.finish_step()
-        if self.compact is not None and not self.compact.finish_unscaled():
+        if self.compact is not None and not finish_unscaled(self.compact):
             return loss
         todo = [(g, i, p) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])]
         self._step([item for item in todo if item[2].grad is not None and item[2].numel() > 0])

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -77,22 +77,39 @@ def attach_compact(
     layers, others = compact_layers(model, {id(weight): weight for weight in low_rank_weights(optimizer)})
     if not layers:
         raise ValueError(f"gradients='compact' finds no layer that can be compact: {_counted(others)}. Use 'full'.")
-    optimizer.compact = CompactGradients(
-        optimizer,
-        layers,
-        accumulation_steps=accumulation_steps,
-        max_grad_norm=None if layerwise else max_grad_norm,
-        deferred=weights == "deferred",
-    )
-    if layerwise:
-        compact = frozenset(id(layer.weight) for layer in layers)
-        limits: dict[str, Any] = {"accumulation_steps": accumulation_steps, "max_grad_norm": max_grad_norm}
-        optimizer.layerwise = Layerwise(optimizer, clip=clip, others=compact, **limits)
-        optimizer.param_groups[0].setdefault(NORM_KEY, 0.0)
-        optimizer.compact.layerwise = CompactLayerwise(optimizer.compact, optimizer.layerwise)
+    limits = Limits(accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, clip=clip)
+    optimizer.compact = _attached(optimizer, layers, limits, deferred=weights == "deferred", layerwise=layerwise)
     optimizer.compact.summary = summary(layers, others, optimizer)
     logger.info(optimizer.compact.summary)
     return optimizer.compact
+
+
+class Limits(NamedTuple):
+    """What a step is made of, and what its norm is limited to."""
+
+    accumulation_steps: int
+    max_grad_norm: float | None
+    clip: Clip
+
+
+def _attached(
+    optimizer: "LowRankOptimizer", layers: list[nn.Linear], limits: Limits, *, deferred: bool, layerwise: bool
+) -> CompactGradients:
+    """Return the sinks of these layers and, layerwise, the hooks of all other weights beside them."""
+    compact = CompactGradients(
+        optimizer,
+        layers,
+        accumulation_steps=limits.accumulation_steps,
+        max_grad_norm=None if layerwise else limits.max_grad_norm,
+        deferred=deferred,
+    )
+    if layerwise:
+        optimizer.layerwise = Layerwise(
+            optimizer, others=frozenset(id(layer.weight) for layer in layers), **limits._asdict()
+        )
+        optimizer.param_groups[0].setdefault(NORM_KEY, 0.0)
+        compact.layerwise = CompactLayerwise(compact, optimizer.layerwise)
+    return compact
 
 
 def low_rank_weights(optimizer: "LowRankOptimizer") -> list[Tensor]:

@@ -27,20 +27,24 @@ class Held:
     # A gradient that is not finite was seen whole: the step is skipped.
     poisoned: bool = False
 
+    def dense(self, factors: GradientFactors) -> Tensor:
+        """Return the gradient as `.grad` would hold it: a product in autocast's dtype, kept in that of the weight."""
+        return factors.dense().to(self.item.weight.dtype)
+
     def join(self, factors: GradientFactors) -> None:
         """Add a micro-batch to the sum."""
         if self.whole is not None:
-            self.whole += factors.dense()
+            self.whole += self.dense(factors)
             return
         self.factors = factors if self.factors is None else self.factors.joined(factors)
         if self.factors.larger_than_dense:
-            self.whole, self.factors = self.factors.dense(), None
+            self.whole, self.factors = self.dense(self.factors), None
 
     def take_sum(self) -> tuple[Tensor | None, GradientFactors | None]:
         """Return the sum, None if there is none, with its factors where they are there; forget both."""
         factors, whole = self.factors, self.whole
         self.factors, self.whole = None, None
-        return (factors.dense() if factors is not None else whole), factors
+        return (self.dense(factors) if factors is not None else whole), factors
 
 
 def entries_of(grad: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

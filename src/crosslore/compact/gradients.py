@@ -14,6 +14,7 @@ that ends a step, and what is held of a weight goes at once.
 
 import logging
 import math
+import threading
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,8 @@ class CompactGradients:
         # Step of each weight's last refresh: a step that is begun again, after its gradient was dropped, has had it.
         self._refreshed: dict[Tensor, int] = {}
         self._last_norm = 0.0
+        # Several threads may call backward at once.
+        self._taking = threading.RLock()
         # Ends a weight's step inside backward; None: `optimizer.step()` does.
         self.layerwise: CompactLayerwise | None = None
         # One line: what is compact and what is not.
@@ -97,8 +100,11 @@ class CompactGradients:
     @full_precision()
     def take(self, weight: Tensor, factors: GradientFactors) -> None:
         """Take one micro-batch's gradient of a weight, in factors."""
-        if weight.numel() == 0:
-            return
+        if weight.numel() > 0:
+            with self._taking:
+                self._take(weight, factors)
+
+    def _take(self, weight: Tensor, factors: GradientFactors) -> None:
         held = self._held.get(weight)
         if held is None:
             held = self._held[weight] = Held(self.optimizer.item(*self.optimizer.place(weight)))
@@ -109,15 +115,15 @@ class CompactGradients:
             self._add(held, factors)
         elif not sees_whole(held.item):
             held.pendings = list(begin_compact(held.item, factors))
-        elif self.accumulation_steps == 1:
-            self._begin_whole(held, factors.dense(), factors)
+        elif self.accumulation_steps == 1 or self.layerwise is not None:
+            self._begin_whole(held, held.dense(factors), factors)
         else:
             held.join(factors)
 
     def _add(self, held: Held, factors: GradientFactors) -> None:
         """Add a micro-batch to a step that has begun."""
         if sees_whole(held.item):
-            self._add_whole(held, factors.dense())
+            self._add_whole(held, held.dense(factors))
             return
         for pending in held.pendings:
             own = factors.take(pending.block)
@@ -126,6 +132,9 @@ class CompactGradients:
                 pending.ctx.kept += own.entries(*kept_positions(pending.ctx.state, pending.block.layout))
 
     def _add_whole(self, held: Held, grad: Tensor) -> None:
+        if not math.isfinite(norm_of(grad)):  # before it is in a sketch, or among what ranks positions
+            held.poisoned = True
+            return
         for pending in held.pendings:
             add_gradient_(pending, grad)
 
@@ -143,6 +152,8 @@ class CompactGradients:
         self._refreshed[item.weight] = t
         for pending in held.pendings:
             keep_compact_parts(pending)
+            if self.layerwise is not None and self.accumulation_steps > 1:
+                continue  # more of the gradient is to come, so a residual without warm-up starts late, as in layerwise
             pending.ctx.late = False
             if residual_starts_now(pending.method, t):  # its positions are not known before the update is
                 own = factors.take(pending.block) if factors else None
@@ -157,9 +168,12 @@ class CompactGradients:
         whole, factors = held.take_sum()
         if whole is not None:
             self._begin_whole(held, whole, factors)
-        if weight.grad is not None and held.pendings:  # used outside its layer too
-            self._add_whole(held, weight.grad)
-            weight.grad = None
+        if weight.grad is not None:  # used outside its layer too
+            grad, weight.grad = weight.grad, None
+            if held.pendings and not held.poisoned:
+                self._add_whole(held, grad)
+            elif not held.poisoned:  # what came in factors was all zero
+                self._begin_whole(held, grad)
             self._stop_deferring(weight, held.item.name)
 
     def holds(self, weight: Tensor) -> bool:
@@ -191,38 +205,18 @@ class CompactGradients:
 
         It is the norm of what is applied: compact gradients of low-rank weights, whole ones of the others.
         """
+        norms = self._norms()
+        if norms:
+            self._last_norm = math.sqrt(sum(norm**2 for norm in norms))
+        return self._last_norm
+
+    def _norms(self) -> list[float]:
+        """Return the norms of all parts of the step in progress; infinite ones of weights that will be skipped."""
         self.complete()
         lows = [pending.ctx.low for held in self._held.values() for pending in held.pendings]
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if lows or grads:
-            self._last_norm = math.sqrt(sum(norm_of(tensor) ** 2 for tensor in [*lows, *grads]))
-        return self._last_norm
-
-    def finish_unscaled(self) -> bool:
-        """Undo a GradScaler's loss scale and finish the step; return False if it found an overflow: nothing is done.
-
-        Raises:
-            RuntimeError: if `GradScaler.unscale_` was called, which compact gradients do not see.
-        """
-        if not hasattr(self.optimizer, "grad_scale"):
-            self.finish_step()
-            return True
-        if self.layerwise is not None:
-            raise RuntimeError(
-                "GradScaler is not for gradients='compact-layerwise': the weights have stepped, with the scaled "
-                "gradients, before the scale is undone. Use bf16 or fp32, or gradients='compact'."
-            )
-        scale, found = self.optimizer.grad_scale, getattr(self.optimizer, "found_inf", None)
-        if scale is None:
-            raise RuntimeError(
-                "GradScaler.unscale_ was called, but compact gradients are no `.grad` that it could divide. Leave it "
-                "out, and give `max_grad_norm` to create_optimizer instead of clipping in between."
-            )
-        if found is not None and float(found) > 0:
-            self.forget()
-            return False
-        self.finish_step(factor=1.0 / float(scale))
-        return True
+        skipped = [math.nan for held in self._held.values() if held.poisoned]
+        return [norm_of(tensor) for tensor in [*lows, *grads]] + skipped
 
     @torch.no_grad()
     @full_precision()
@@ -236,10 +230,10 @@ class CompactGradients:
             return  # `Layerwise.finish_step` has asked for what was left
         self.complete()
         self._scale(factor)
-        if self.max_grad_norm is not None:
-            norm = self.grad_norm()
-            if math.isfinite(norm):
-                self._scale(min(1.0, self.max_grad_norm / (norm + EPS)))
+        self.grad_norm()
+        if self.max_grad_norm is not None:  # of what is applied: weights with a gradient that is not finite are skipped
+            norm = math.sqrt(sum(norm**2 for norm in self._norms() if math.isfinite(norm)))
+            self._scale(min(1.0, self.max_grad_norm / (norm + EPS)))
         held, self._held = list(self._held.values()), {}
         self._finish(held, largest_of_each([[pending.ctx.low for pending in one.pendings] for one in held]))
 
@@ -253,15 +247,16 @@ class CompactGradients:
         for one, peak in zip(held, peaks, strict=True):
             if one.poisoned or peak == math.inf:
                 skipped.append(one.item.name)
-            elif not one.pendings:
-                undeferred = deferred_of(one.item.weight)
+                continue
+            item = self.optimizer.item(*self.optimizer.place(one.item.weight))  # a scheduler may have stepped
+            if not one.pendings:
+                undeferred = deferred_of(item.weight)
                 if undeferred is not None:
                     undeferred.merge_()
-                wait(one.item, torch.zeros_like(one.item.weight))
+                wait(item, torch.zeros_like(item.weight))
             else:
-                hp = self.optimizer.item(*self.optimizer.place(one.item.weight)).hp  # a scheduler may have stepped
                 for pending in one.pendings:
-                    pending.ctx.hp = hp
+                    pending.ctx.hp = item.hp
                     if foreach and not pending.block.interleaved:
                         waiting[one.item.group].append(pending)
                     else:

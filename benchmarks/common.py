@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
-PACKAGES = ("crosslore", "galore-torch", "apollo-torch", "bitsandbytes", "torchao", "transformers", "numpy")
+PACKAGES = ("crosslore", "galore-torch", "apollo-torch", "badam", "bitsandbytes", "torchao", "transformers", "numpy")
 
 # Of worker processes, before they load torch: one thread each, and memory that stays with the process in large pages.
 # Giving half a gigabyte of gradients back in each step costs a third of the time (1.5 instead of 2.3 s, two workers).

@@ -11,9 +11,9 @@ moment of the machine concerns all of them. Of a process:
 - *peak*: resident memory above the loaded model, most of all steps; *gradients* and *state*: bytes of `.grad` after
   backward, and of the optimizer's tensors.
 
-*compact* and *deferred* are `gradients="compact"` without and with `weights="deferred"`.
-LoRA and DoRA train adapters at all linear layers and nothing else. "frozen" leaves the embeddings out as they do; the
-paper trains all weights. Gradient checkpointing is off.
+*compact* and *deferred* are `gradients="compact"` without and with `weights="deferred"`. LoRA and DoRA train adapters
+at all linear layers only, BAdam one layer at a time. "frozen" leaves the embeddings out as LoRA does; the paper trains
+all weights. Gradient checkpointing is off.
 """
 
 import argparse
@@ -108,6 +108,17 @@ def apollo_torch(model: nn.Module, rank: int) -> Setup:
     return model, APOLLOAdamW(linear_groups(model, low), lr=LEARNING_RATE)
 
 
+def badam(model: nn.Module, rank: int) -> Setup:
+    """The package of BAdam's authors: one transformer layer at a time, as LLaMA-Factory sets it up."""
+    try:
+        from badam import BlockOptimizer
+    except ImportError as error:
+        raise Skip("badam is not installed") from error
+    base = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    named = list(model.named_parameters())
+    return model, BlockOptimizer(base, named, switch_block_every=50, switch_mode="ascending", verbose=0)
+
+
 def ours(model: nn.Module, rank: int, preset: str, gradients: str, **options: Any) -> Setup:
     """One of our presets; a residual that starts at once."""
     from crosslore import create_optimizer
@@ -128,6 +139,7 @@ SETUPS: dict[str, Callable[..., Setup]] = {
     "DoRA": lambda model, rank: lora(model, rank, use_dora=True),
     "galore-torch": galore_torch,
     "apollo-torch": apollo_torch,
+    "BAdam": badam,
     **{
         f"{preset} {gradients}{' frozen' if frozen else ''}": (
             lambda model, rank, p=preset, g=gradients, f=frozen: ours(
@@ -138,9 +150,11 @@ SETUPS: dict[str, Callable[..., Setup]] = {
             ("crosslore", "full", False),
             ("crosslore", "layerwise", False),
             ("crosslore", "compact", False),
+            ("crosslore", "compact-layerwise", False),
             ("crosslore", "compact", True),
             ("crosslore", "deferred", True),
             ("crosslore_plus", "compact", False),
+            ("crosslore_plus", "compact-layerwise", False),
             ("crosslore_plus", "compact", True),
             ("crosslore_plus", "deferred", False),
             ("crosslore_plus", "deferred", True),
@@ -148,7 +162,7 @@ SETUPS: dict[str, Callable[..., Setup]] = {
     },
 }
 # Those whose time does not depend on the rank are measured once.
-WITHOUT_RANK = (ADAMW, "torch AdamW fused", "bitsandbytes AdamW8bit")
+WITHOUT_RANK = (ADAMW, "torch AdamW fused", "bitsandbytes AdamW8bit", "BAdam")
 
 
 def run(options: Options) -> None:

@@ -152,6 +152,7 @@ def test_factors_wait_in_the_first_step_when_there_are_several_micro_batches() -
     waiting = 3 * 2 * sum(min(4 * 8 * (rows + cols), rows * cols) for rows, cols in shapes)  # bf16
     compact = four.tensors.gradients - 2 * (2 * 300 * 64 + 7 * 64)  # which are not there yet
     assert four.tensors.first_step == waiting - compact
+    assert "first step" not in estimator().estimate(BOTH, Setting(rank=8, seq=8, accumulation=4)).moments
 
 
 def test_deferred_weights_hold_as_much_as_r() -> None:

@@ -168,7 +168,7 @@ def _low_rank(model: nn.Module, optimizer: LowRankOptimizer, method: Method, set
         passing=0,
         ending=gradients,
         step=_step_temporaries(method, setting, sum(math.prod(block.layout.low_shape) for block, _ in blocks)),
-        first_step=_waiting(low_rank, setting, covered=covered, kept=kept),
+        first_step=0 if method.is_layerwise else _waiting(low_rank, setting, covered=covered, kept=kept),
     )
     return _inside_backward(model, method, setting, found=found, whole=whole, covered=covered)
 
@@ -219,7 +219,8 @@ def _inside_backward(
     formed = max((size for w, size in goes.items() if w not in ends), default=0)
     alternate = method.is_layerwise and not tied
     last = tied if method.is_layerwise and setting.accumulation == 1 else found.gradients
-    return replace(found, passing=max(head, formed) if alternate else head + formed, ending=last + 2 * tied)
+    copies = 2 if setting.accumulation == 1 else 3  # the sum of earlier micro-batches is another one
+    return replace(found, passing=max(head, formed) if alternate else head + formed, ending=last + copies * tied)
 
 
 def _step_temporaries(method: Method, setting: Setting, low: int) -> int:

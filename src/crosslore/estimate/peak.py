@@ -7,8 +7,8 @@ Not all parts meet. A step has three moments, and the largest one is the peak on
   where weights step inside backward or are compact; with checkpointing one layer's recomputed activations;
 - *step*: all gradients that are held, and what `step()` takes: a refresh, compact gradients and updates.
 
-With several micro-batches compact gradients have a fourth one, *first step*: all bases are fitted to the sum of all
-micro-batches, whose factors wait.
+With several micro-batches `compact` has a fourth one, *first step*: all bases are fitted to the sum of all
+micro-batches, whose factors wait. Layerwise ones are fitted to the first micro-batch.
 """
 
 from collections.abc import Callable
@@ -57,7 +57,7 @@ class Estimate:
             "step": held.gradients + held.step + (0 if inside else held.refresh),
         }
         if held.first_step:
-            found["first step"] = max(found["loss"], start) + held.first_step
+            found["first step"] = max(found["loss"], found["backward"]) + held.first_step
         return found
 
     @property
@@ -127,7 +127,7 @@ class Estimator:
 
     def _count(self, method: Method, setting: Setting) -> Tensors:
         """Count; what does not depend on batch, length and checkpointing once."""
-        waits = setting.accumulation > 1 and method.is_compact
+        waits = setting.accumulation > 1 and method.is_compact and not method.is_layerwise
         same = setting if waits else replace(setting, batch=1, seq=2, checkpointing=True, cuda_gb=0.0)
         if (method, same) not in self._counted:
             self._counted[method, same] = count(self.model(setting.dtype), method, same)

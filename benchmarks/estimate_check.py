@@ -74,6 +74,7 @@ def main() -> int:
         if key in rows or args.only not in key:
             continue
         setting = Setting(
+            parks=False,
             batch=2 if args.tiny else 1, seq=16 if args.tiny else 128, rank=4 if args.tiny else 16, dtype="fp32",
             rule="adamw", accumulation=accumulation, checkpointing=checkpointing, foreach=False, cuda_gb=0.0,
         )  # fmt: skip

@@ -123,6 +123,24 @@ def test_a_weight_that_is_skipped_does_not_step_by_its_other_gradient() -> None:
     assert torch.equal(model.layer.weight, before)
 
 
+@pytest.mark.parametrize("method", ["crosslore", "crosslore-no-warmup", "crosslore-select", "plus-window"])
+def test_gradients_that_wait_in_host_memory_are_the_same(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a GPU; here both memories are the same one.
+    monkeypatch.setattr("crosslore.compact.begin.PARKED", ("cpu",))
+    ends, held = [], []
+    for mode in (FULL, {**COMPACT, "accumulation_steps": 3}):
+        model, optimizer = start(method, **mode)
+        train(optimizer, model, range(9), parts=3)
+        for part in range(2):
+            (loss_of(model, part) / 3).backward()
+        if mode:
+            held = [one for one in optimizer.compact._held.values() if one.whole is not None]
+            assert all(one.factors is None for one in optimizer.compact._held.values())
+        ends.append(model)
+    assert held  # the weights whose refresh is due
+    assert difference(ends[1], ends[0]) < 1e-9
+
+
 def test_threads_that_call_backward_at_once_lose_nothing() -> None:
     ends = []
     for mode in (FULL, COMPACT):

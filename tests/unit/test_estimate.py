@@ -146,13 +146,15 @@ def test_compact_gradients_are_r_and_whole_ones_of_what_is_not_compact(accumulat
 
 
 def test_factors_wait_in_the_first_step_when_there_are_several_micro_batches() -> None:
-    one, four = (estimator().estimate(COMPACT, Setting(rank=8, seq=8, accumulation=n)) for n in (1, 4))
+    one, four = (estimator().estimate(COMPACT, Setting(rank=8, seq=8, accumulation=n, parks=False)) for n in (1, 4))
     assert "first step" not in one.moments and four.peak_at == "first step"
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (176, 64), (176, 64), (64, 176)]
     waiting = 3 * 2 * sum(min(4 * 8 * (rows + cols), rows * cols) for rows, cols in shapes)  # bf16
     compact = four.tensors.gradients - 2 * (2 * 300 * 64 + 7 * 64)  # which are not there yet
     assert four.tensors.first_step == waiting - compact
-    assert "first step" not in estimator().estimate(BOTH, Setting(rank=8, seq=8, accumulation=4)).moments
+    assert "first step" not in estimator().estimate(BOTH, Setting(rank=8, seq=8, accumulation=4, parks=False)).moments
+    on_gpu = estimator().estimate(COMPACT, Setting(rank=8, seq=8, accumulation=4))
+    assert "first step" not in on_gpu.moments
 
 
 def test_deferred_weights_hold_as_much_as_r() -> None:

@@ -11,6 +11,9 @@ from crosslore.rules.base import state_dtype
 from crosslore.step import Method, context_of, method_of
 from crosslore.stepping import Item, Pending, block_state, draw_name, shown, steps_done
 
+# Devices whose sums wait in the host's memory: in the first step all bases are due, and their gradients would not fit.
+PARKED = ("cuda",)
+
 
 @dataclass
 class Held:
@@ -33,6 +36,10 @@ class Held:
 
     def join(self, factors: GradientFactors) -> None:
         """Add a micro-batch to the sum."""
+        if self.item.weight.device.type in PARKED:
+            grad = self.dense(factors).to("cpu")
+            self.whole = grad if self.whole is None else self.whole.add_(grad)
+            return
         if self.whole is not None:
             self.whole += self.dense(factors)
             return
@@ -44,7 +51,9 @@ class Held:
         """Return the sum, None if there is none, with its factors where they are there; forget both."""
         factors, whole = self.factors, self.whole
         self.factors, self.whole = None, None
-        return (self.dense(factors) if factors is not None else whole), factors
+        if factors is not None:
+            return self.dense(factors), factors
+        return None if whole is None else whole.to(self.item.weight.device), None
 
 
 def entries_of(grad: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

@@ -168,7 +168,9 @@ def _low_rank(model: nn.Module, optimizer: LowRankOptimizer, method: Method, set
         passing=0,
         ending=gradients,
         step=_step_temporaries(method, setting, sum(math.prod(block.layout.low_shape) for block, _ in blocks)),
-        first_step=0 if method.is_layerwise else _waiting(low_rank, setting, covered=covered, kept=kept),
+        first_step=0
+        if method.is_layerwise or setting.parks
+        else _waiting(low_rank, setting, covered=covered, kept=kept),
     )
     return _inside_backward(model, method, setting, found=found, whole=whole, covered=covered)
 

@@ -43,6 +43,8 @@ class Setting:
     embeddings: Literal["full", "lowrank", "frozen"] = "full"
     # Work on all compact gradients at once, as the optimizer does on a GPU.
     foreach: bool = True
+    # Gradients that wait for the sum of all micro-batches do so in the host's memory, as on a GPU.
+    parks: bool = True
     # CUDA context, libraries' work spaces, what the allocator cannot use; GB of 10^9 bytes. Assumed, not measured.
     cuda_gb: float = 0.8
 
@@ -56,7 +58,7 @@ class Setting:
         check_choice("dtype", self.dtype, tuple(DTYPES))
         check_choice("optim", self.rule, RULES)
         check_choice("embeddings", self.embeddings, CHOICES["embeddings"])
-        for name in ("checkpointing", "foreach"):
+        for name in ("checkpointing", "foreach", "parks"):
             check_bool(name, getattr(self, name), hint="It is a switch.")
 
     @property

@@ -8,7 +8,7 @@ Not all parts meet. A step has three moments, and the largest one is the peak on
 - *step*: all gradients that are held, and what `step()` takes: a refresh, compact gradients and updates.
 
 With several micro-batches `compact` has a fourth one, *first step*: all bases are fitted to the sum of all
-micro-batches, whose factors wait. Layerwise ones are fitted to the first micro-batch.
+micro-batches, whose factors wait - on a GPU in the host's memory. Layerwise ones are fitted to the first micro-batch.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,5 @@
 """Subprocesses of a cell: logged, stopped with this process however it ends, one at a time in a folder."""
 
-import ctypes
 import fcntl
 import os
 import signal
@@ -11,8 +10,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-# Linux's prctl: the signal that a child gets when its parent dies.
-PR_SET_PDEATHSIG = 1
+# Becomes the command that follows it and, on Linux, dies with the process that started it (prctl's PR_SET_PDEATHSIG is
+# 1). A program of its own, because a function that Popen runs between fork and exec may deadlock beside threads.
+LAUNCHER = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 # How long a process may take to end after it was asked to.
 GRACE_SECONDS = 10
 
@@ -40,7 +47,7 @@ class Processes:
         """Return the exit code of a command.
 
         Args:
-            command: the words.
+            command: the words; the first is a program's path.
             log: what it prints is appended here.
             environment: added to this process's own.
             folder: where it runs.
@@ -56,14 +63,13 @@ class Processes:
                 if self._stopped:
                     raise Stopped
                 process = subprocess.Popen(
-                    command,
+                    [sys.executable, "-c", LAUNCHER, str(os.getpid()), *command],
                     cwd=folder,
                     env={**os.environ, **environment},
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=errors,
                     start_new_session=True,  # Ctrl-C is for this process, which stops them in order
-                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                 )
                 self._running.add(process)
             try:
@@ -94,10 +100,6 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(process.pid, number)
     except ProcessLookupError:
         pass
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager

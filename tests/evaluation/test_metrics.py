@@ -123,7 +123,7 @@ def test_llama_factory_scores_the_texts_as_they_are() -> None:
     ("outputs", "references", "message"),
     [
         ([], [], "got 0 outputs and 0 examples"),
-        (["x"], [["a"], ["b"]], "got 1 outputs and 2 examples"),
+        (["x"], [["a"], ["b"]], "got 1 output and 2 examples"),
         (["x", "y"], [["a"], []], "references of example 2 must be a list of at least one text"),
         (["x"], ["a"], "references of example 1 must be a list of at least one text, got 'a'"),
     ],

@@ -36,4 +36,4 @@ def test_without_a_gpu_it_says_so() -> None:
 
 def test_an_unknown_method_lists_the_known_ones() -> None:
     result = run("--methods", "galor", "--device", "cpu")
-    assert result.returncode == 2 and "Known: lora, galore-torch" in result.stderr
+    assert result.returncode == 2 and "Known: lora, dora" in result.stderr

@@ -109,7 +109,7 @@ def test_state_gradients_and_peak_are_those_of_real_steps(method: Method, accumu
         pytest.importorskip("peft", reason='needs peft: pip install "crosslore[llamafactory]"')
     setting = Setting(
         batch=2, seq=16, rank=4, dtype="fp32", rule="adamw", accumulation=accumulation, checkpointing=False,
-        foreach=False, cuda_gb=0.0,
+        foreach=False, cuda_gb=0.0, parks=False,
     )  # fmt: skip
     row = check.compared(method, setting, check.Options(out=Path(), profile="tiny", threads=1))
     assert row["state"]["estimated"] == row["state"]["measured"]

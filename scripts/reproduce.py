@@ -19,11 +19,13 @@ from typing import NoReturn
 
 from prepare_data import DataError
 from reproduction import needs
-from reproduction.cell_run import Setup, finished
+from reproduction.cell_run import CellFailed, Setup, finished
 from reproduction.cells import Experiment
 from reproduction.experiments import experiments
+from reproduction.memory_need import memory_lines
 from reproduction.outputs import write_outputs
 from reproduction.paper import load_paper
+from reproduction.probe import speed_factor
 from reproduction.processes import FolderBusy, Processes, only_one
 from reproduction.reading import PaperDataError
 from reproduction.results import ResultError, results_folder
@@ -40,6 +42,8 @@ from crosslore_eval.errors import EvalError
 ROOT = Path(__file__).resolve().parents[1]
 DATA_VARIABLE = "CROSSLORE_DATA_DIR"
 INTERRUPTED = 130
+# Cells of the profile smoke at a time, at most: each takes a gibibyte.
+SMOKE_JOBS = 8
 ERRORS = (needs.NotReady, DataError, FolderBusy, PaperDataError, ResultError, TuningError, EvalError, ValueError)
 
 
@@ -72,11 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", default="", metavar="K=V,...", help="some cells: method=crosslore,rank=16,dataset=e2e"
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="cells at a time (default: 1; smoke: one a core)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of a cell (default: cores / jobs)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: results, or saves for smoke)")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where cells work (default: saves/reproduce/PROFILE)")
     parser.add_argument("--keep", action="store_true", help="keep trained models after they were scored")
+    parser.add_argument("--probe", action="store_true", help="time a few steps first (always done in profile paper)")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, and what is missing")
     return parser
 
@@ -86,6 +91,8 @@ def _reproduce(options: argparse.Namespace) -> int:
         cell for target in options.targets for cell in experiments(target, profile=options.profile, seeds=options.seeds)
     ]
     cells = needed(select(list({(cell.table, cell.name): cell for cell in wanted}.values()), options.only))
+    if options.jobs is None:  # tiny cells are start-up for the most part, on one core
+        options.jobs = min(SMOKE_JOBS, os.cpu_count() or 1) if options.profile == "smoke" else 1
     if options.jobs < 1 or (options.threads is not None and options.threads < 1):
         raise ValueError(f"--jobs and --threads must be 1 or more, got {options.jobs} and {options.threads}.")
     models = needs.models_of(options.profile, options.model, cells)
@@ -97,6 +104,8 @@ def _reproduce(options: argparse.Namespace) -> int:
         if options.profile == "smoke":
             models = _with_tiny_models(models, work)
         os.chdir(ROOT)  # models and bundled data are named from there
+        for line in memory_lines(cells):
+            print(line, file=sys.stderr)
         needs.check(cells, models)
         setup = _setup(options, cells, models, work)
         failed = _run_rounds(cells, setup, options)
@@ -140,7 +149,8 @@ def _run_rounds(cells: Sequence[Experiment], setup: Setup, options: argparse.Nam
     for part in rounds(cells):
         chosen = ready(part, setup)
         missing = [cell for cell in chosen if finished(cell, setup) is None]
-        needed = needs.of(missing, all_results(setup), setup.models, jobs=options.jobs)
+        factor = _probed(missing, setup, options)
+        needed = needs.of(missing, all_results(setup), setup.models, jobs=options.jobs, factor=factor)
         disk = needs.enough_disk(needed, setup.work)
         for line in [*needed.lines(), *needs.warnings(missing), *([disk] if disk else [])]:
             print(line, file=sys.stderr)
@@ -152,6 +162,19 @@ def _run_rounds(cells: Sequence[Experiment], setup: Setup, options: argparse.Nam
         _say_summary(summary)
         failed = failed or bool(summary.of_status("failed"))
     return failed
+
+
+def _probed(missing: Sequence[Experiment], setup: Setup, options: argparse.Namespace) -> float | None:
+    """Return how fast this machine is, None where nobody needs to know or it cannot be found out."""
+    known = any(result.experiment.profile == options.profile for result in all_results(setup))
+    if options.dry_run or known or not missing or (options.profile != "paper" and not options.probe):
+        return None
+    print("probe: a few steps, to tell how long the rest takes", file=sys.stderr)
+    try:
+        return speed_factor(missing, setup)
+    except CellFailed as error:
+        print(f"probe: {error}", file=sys.stderr)
+        return None
 
 
 def _say_summary(summary: Summary) -> None:

@@ -123,14 +123,19 @@ def _trained_and_scored(exp: Experiment, setup: Setup) -> Result:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "started.json").write_text(identity, encoding="utf-8")
     if not marker.is_file():
-        _train(config, folder, setup)
+        train(config, folder, setup)
         marker.write_text("{}", encoding="utf-8")
     measure = json.loads((folder / "measure.json").read_text(encoding="utf-8"))
     scores = _held_out(measure) if exp.table == TUNING else _scores(exp, folder, setup)
     return _result(exp, setup, status="ok", measure=measure, scores=scores)
 
 
-def _train(config: Mapping[str, Any], folder: Path, setup: Setup) -> None:
+def train(config: Mapping[str, Any], folder: Path, setup: Setup) -> None:  # Any: values of a configuration
+    """Train by a configuration in a folder, from its last checkpoint if there is one; measured in `measure.json`.
+
+    Raises:
+        CellFailed: if the process ends badly.
+    """
     path, log = folder / "config.yaml", folder / "train.log"
     path.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
     plan = plan_training(folder / "model")

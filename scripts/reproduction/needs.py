@@ -79,8 +79,23 @@ def warnings(cells: Sequence[Experiment]) -> list[str]:
     return []
 
 
-def of(cells: Sequence[Experiment], results: Sequence[Result], models: Mapping[str, str], *, jobs: int) -> Needs:
-    """Return what cells take: by what their like took where results are there, else by the profile's estimate."""
+def of(
+    cells: Sequence[Experiment],
+    results: Sequence[Result],
+    models: Mapping[str, str],
+    *,
+    jobs: int,
+    factor: float | None = None,
+) -> Needs:
+    """Return what cells take: by what their like took where results are there, else by the profile's estimate.
+
+    Args:
+        cells: those to be run.
+        results: those that are there.
+        models: where each model is.
+        jobs: cells at a time.
+        factor: time of a step here over the profile's; None: not known.
+    """
     known: dict[tuple[str, str], list[float]] = {}
     for result in results:
         if result.hours is not None and result.reused_from is None:
@@ -88,12 +103,13 @@ def of(cells: Sequence[Experiment], results: Sequence[Result], models: Mapping[s
     seconds, measured = 0.0, 0
     for cell in cells:
         like = known.get((cell.model, cell.dataset))
-        estimate = estimated_seconds(cell)
+        estimate = estimated_seconds(cell) * (factor or 1.0)
         if like:
             measured += 1
             estimate = max(estimate, 3600 * sum(like) / len(like))
         seconds += estimate
-    source = "by the profile's figures" + (f"; training of {measured} by cells that were run" if measured else "")
+    figures = "by a probe of a few steps" if factor else "by the profile's figures"
+    source = figures + (f"; training of {measured} by cells that were run" if measured else "")
     return Needs(
         cells=len(cells),
         hours=seconds / 3600 / jobs,

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import reproduce
 from reproduction import cell_run, needs, selection
 from reproduction.cells import Experiment
 from reproduction.experiments import experiments
+from reproduction.memory_need import memory_lines
 from reproduction.processes import FolderBusy, only_one
 from reproduction.results import read_results
 
@@ -138,6 +140,15 @@ def test_an_interrupt_ends_in_order_and_says_how_to_go_on(tmp_path: Path) -> Non
     assert "Traceback" not in errors
 
 
+def test_a_probe_tells_the_hours(tmp_path: Path) -> None:
+    found = run(command(tmp_path, "--probe"))
+    assert found.returncode == 0
+    assert re.search(r"4 cells to run, about \d+ min \(by a probe of a few steps\)", found.stderr)
+    failing = run(command(tmp_path / "other", "--probe"), STAND_IN_FAILS="crosslore", STAND_IN_WORDS="ValueError: no")
+    assert "probe: training ended with exit code 1: ValueError: no" in failing.stderr
+    assert "by the profile's figures" in failing.stderr
+
+
 def test_a_folder_is_for_one_run_at_a_time(tmp_path: Path) -> None:
     with only_one(tmp_path), pytest.raises(FolderBusy, match="another run works in"), only_one(tmp_path):
         pass
@@ -198,6 +209,13 @@ def test_what_is_missing_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureF
     text = capsys.readouterr().err
     assert "is not there. Give a folder: --model llama2-7b=DIR" in text
     assert "Traceback" not in text
+
+
+def test_memory_is_estimated_before_anything_is_started() -> None:
+    (line,) = memory_lines(selection.select(experiments("table1", profile="paper"), "method=crosslore,full"))
+    assert re.match(r"llama2-7b: at most \d+\.\d GiB of GPU memory \(full\), estimated for 512 tokens; more than", line)
+    assert "full" in line.partition("more than")[2] and "crosslore" not in line
+    assert memory_lines(cells()) == []
 
 
 def test_a_lone_model_for_several_is_refused() -> None:

@@ -9,7 +9,7 @@ EXTRAS := llamafactory,eval,bnb,dev
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format model benchmark ablation data clean reproduce-all
+.PHONY: help setup demo test check format model webui benchmark ablation data clean reproduce-all
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ check: $(STAMP) ## Format, lint, types and size limits
 format: $(STAMP) ## Format the code
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+webui: $(STAMP) $(EMBEDDED) ## Open LLaMA-Factory's page on 127.0.0.1, CrossLore, the embedded model and bundled data chosen
+	$(PY) scripts/webui.py
 
 benchmark: $(STAMP) $(EMBEDDED) ## Measure step time, memory, subspace error and time split against the peers (1 hour on 2 idle cores; resumable)
 	$(PY) benchmarks/run.py $(BENCHMARK_ARGS)

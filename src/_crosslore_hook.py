@@ -14,6 +14,12 @@ SEAMS = (
     "llamafactory.model.adapter",
     "llamafactory.train.trainer_utils",
     "llamafactory.train.tuner",
+    "llamafactory.webui.components.top",
+    "llamafactory.webui.components.train",
+    "llamafactory.webui.locales",
+    "llamafactory.webui.runner",
+    "llamafactory.v1.plugins.trainer_plugins.optimizer",
+    "llamafactory.v1.plugins.trainer_plugins.optimizers.optimizer",
 )
 
 

@@ -1,16 +1,19 @@
-"""`crosslore estimate | presets`."""
+"""`crosslore doctor | estimate | init | presets`."""
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from crosslore.presets import PRESETS
 from crosslore.tables import print_table
 
-Command = Callable[[argparse.Namespace], None]
+# Returns the exit code, None for 0.
+Command = Callable[[argparse.Namespace], int | None]
 
 ESTIMATE_HELP = """Bytes of weights, gradients, state and activations of every method, from config.json alone.
 
@@ -18,6 +21,16 @@ ESTIMATE_HELP = """Bytes of weights, gradients, state and activations of every m
   crosslore estimate LLaMA3-8B --gpu-gb 48 --seq 2048 --batch 4
   crosslore estimate models/SmolLM2-135M-Instruct --dtype fp32 --preset galore --gradients layerwise
   crosslore estimate mistralai/Mistral-7B-v0.1 --json             from the hub, where it can be reached
+"""
+DOCTOR_HELP = """What of the stack is there and works, and what to do about the rest; a line each.
+
+  crosslore doctor
+  crosslore doctor --json
+"""
+INIT_HELP = """Copy the LLaMA-Factory configurations of the paper's tasks into a folder, to be changed there.
+
+  crosslore init configs
+  llamafactory-cli train configs/crosslore_gsm8k.yaml
 """
 PRESETS_HELP = """The presets: what each one does in the places where the methods differ.
 
@@ -27,18 +40,17 @@ PRESETS_HELP = """The presets: what each one does in the places where the method
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0 done, 2 unusable input, 130 interrupted."""
+    """Return the exit code: 0 done, 1 `doctor` found a problem, 2 unusable input, 130 interrupted."""
     args = build_parser().parse_args(argv)
     command: Command = args.run
     try:
-        command(args)
+        return command(args) or 0
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
         return 130
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="crosslore", description="Full-parameter fine-tuning in low-rank gradient space."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_estimate, add_presets):
+    for add in (add_doctor, add_estimate, add_init, add_presets):
         add(commands)
     return parser
 
@@ -114,6 +126,52 @@ def estimate(args: argparse.Namespace) -> None:
     refused = [f"{one['method']} is left out: {one['reason']}" for one in rows if one["status"] != "ok"]
     mine = next(one for one in rows if one["method"] == chosen.name)
     print("", *report.details(mine), *refused, sep="\n")
+
+
+def add_doctor(commands: Any) -> None:  # Any: argparse's own type is private
+    """Add `crosslore doctor`."""
+    parser = _command(commands, "doctor", doctor, short="what of the stack works here", text=DOCTOR_HELP)
+    parser.add_argument("--json", action="store_true", help="one JSON object with a list of findings")
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Print what was found; return 1 if there is a problem."""
+    from crosslore.doctor import examine
+
+    found = examine()
+    if args.json:
+        print(json.dumps({"findings": [asdict(finding) for finding in found]}, indent=1))
+    else:
+        print_table(("part", "", "found"), [[one.name, one.level, one.text] for one in found])
+        fixes = [f"{one.name}: {one.fix}" for one in found if one.fix]
+        print(*(["", *fixes] if fixes else []), sep="\n")
+    return int(any(one.level == "problem" for one in found))
+
+
+def add_init(commands: Any) -> None:  # Any: argparse's own type is private
+    """Add `crosslore init`."""
+    parser = _command(commands, "init", init, short="copy the configurations into a folder", text=INIT_HELP)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="created if need be; no file there is replaced")
+
+
+def init(args: argparse.Namespace) -> None:
+    """Copy the configurations, all or none.
+
+    Raises:
+        ValueError: if the folder has one of the files, or is none.
+    """
+    package = Path(__file__).parent
+    source = next(place for place in (package / "templates", package.parents[1] / "yaml_configs") if place.is_dir())
+    files = sorted(source.glob("*.yaml"))
+    there = [file.name for file in files if (args.folder / file.name).exists()]
+    if there:
+        raise ValueError(f"{args.folder} has {', '.join(there)} already. Name another folder, or remove them.")
+    if args.folder.exists() and not args.folder.is_dir():
+        raise ValueError(f"DIR must be a folder, got the file {args.folder}. Name another one.")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        shutil.copyfile(file, args.folder / file.name)
+        print(args.folder / file.name)
 
 
 def add_presets(commands: Any) -> None:  # Any: argparse's own type is private

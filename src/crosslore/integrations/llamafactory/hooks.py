@@ -1,4 +1,4 @@
-"""The seams: what is changed in five modules of LLaMA-Factory, right after each of them ran.
+"""The seams: what is changed in some modules of LLaMA-Factory, right after each of them ran.
 
 | module | seam | change |
 |---|---|---|
@@ -7,6 +7,9 @@
 | model.adapter | `_setup_full_tuning` | logs the honest type |
 | train.trainer_utils | `create_custom_optimizer`, `create_modelcard_and_push` | our optimizer, the honest type |
 | train.tuner | `run_exp` | measures the run if `CROSSLORE_MEASURE` names a file; logs telemetry |
+| webui.components.top, webui.locales | `METHODS`, `LOCALES` | our type in the dropdown, our labels |
+| webui.components.train, webui.runner | `create_train_tab`, `Runner._parse_train_args` | our tab, what it sends |
+| v1.plugins.trainer_plugins.optimizer | `OptimizerPlugin` | our plugin |
 
 For every other fine-tuning type each of them calls the original with the original arguments; but `run_exp` measures
 any type when that variable is set.
@@ -30,14 +33,21 @@ TYPE = "crosslore"
 
 def patch(module: ModuleType) -> None:
     """Change one module that just ran; a seam that is not there is remembered and raised when the type is used."""
-    for name, make in SEAMS[module.__name__].items():
-        original = getattr(module, name, None)
+    for name, make in SEAMS.get(module.__name__, {}).items():
+        owner, _, attribute = name.rpartition(".")
+        holder = getattr(module, owner, None) if owner else module
+        original = getattr(holder, attribute, None)
         if not callable(original):
             compat.report(f"{module.__name__} has no function {name}")
         elif not hasattr(original, "__crosslore__"):
             wrapped = functools.wraps(original)(make(module, original))
             wrapped.__crosslore__ = True  # type: ignore[attr-defined]
-            setattr(module, name, wrapped)
+            setattr(holder, attribute, wrapped)
+    for name, add in ADDITIONS.get(module.__name__, {}).items():
+        if hasattr(module, name):
+            add(module)
+        else:
+            compat.report(f"{module.__name__} has no {name}")
 
 
 def asks_for_type(args: Any) -> bool:  # Any: a dict from a file, or a list of command-line words
@@ -183,6 +193,23 @@ def _wrap_run(module: ModuleType, run: Callable[..., None]) -> Callable[..., Non
     return run_with_callbacks
 
 
+def _webui() -> ModuleType:
+    """Return our side of the page, loaded only where the page is."""
+    from crosslore.integrations.llamafactory import webui
+
+    return webui
+
+
+def _of_webui(name: str) -> Callable[[ModuleType, Callable[..., Any]], Callable[..., Any]]:
+    return lambda module, original: getattr(_webui(), name)(module, original)
+
+
+def _register_v1(module: ModuleType) -> None:
+    from crosslore.integrations.llamafactory.v1 import register
+
+    register(module)
+
+
 # Module -> function -> what makes the replacement from (module, original).
 SEAMS: dict[str, dict[str, Callable[[ModuleType, Callable[..., Any]], Callable[..., Any]]]] = {
     "llamafactory.launcher": {"launch": _wrap_launch},
@@ -193,4 +220,14 @@ SEAMS: dict[str, dict[str, Callable[[ModuleType, Callable[..., Any]], Callable[.
         "create_modelcard_and_push": _wrap_model_card,
     },
     "llamafactory.train.tuner": {"run_exp": _wrap_run},
+    "llamafactory.webui.components.train": {"create_train_tab": _of_webui("wrap_train_tab")},
+    "llamafactory.webui.runner": {"Runner._parse_train_args": _of_webui("wrap_train_args")},
+}
+# Module -> name of a value that is added to -> what adds to it.
+ADDITIONS: dict[str, dict[str, Callable[[ModuleType], None]]] = {
+    "llamafactory.webui.components.top": {"METHODS": lambda module: _webui().add_type(module)},
+    "llamafactory.webui.locales": {"LOCALES": lambda module: _webui().add_locales(module)},
+    # Where releases after 0.9.5 have it, and where it is.
+    "llamafactory.v1.plugins.trainer_plugins.optimizers.optimizer": {"OptimizerPlugin": _register_v1},
+    "llamafactory.v1.plugins.trainer_plugins.optimizer": {"OptimizerPlugin": _register_v1},
 }

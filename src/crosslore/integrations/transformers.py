@@ -1,0 +1,67 @@
+"""Hugging Face's Trainer, and what is built on it (TRL's SFTTrainer): its arguments as those of `create_optimizer`.
+
+    args = TrainingArguments(..., learning_rate=1e-5)
+    Trainer(model, args, ..., optimizer_cls_and_kwargs=trainer_optimizer(args, "crosslore", rank=128))
+
+Checkpoints, resume, accumulation, schedulers and bf16 are the Trainer's own and work as with any optimizer.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from crosslore.factory import create_optimizer
+from crosslore.integrations.accelerate import report_true_norm
+from crosslore.optimizer import LowRankOptimizer
+
+# Modes that take their gradients before a Trainer could clip them, and so clip themselves.
+TAKING = ("compact", "layerwise", "compact-layerwise")
+
+
+class OptimizerFactory:
+    """What the Trainer calls with its model: an optimizer for every trainable weight."""
+
+    def __call__(self, model: nn.Module, **options: Any) -> LowRankOptimizer:  # Any: of create_optimizer
+        """Return the optimizer of a model; see `create_optimizer`."""
+        return create_optimizer(model, **options)
+
+
+def trainer_optimizer(
+    args: Any,  # Any: transformers' TrainingArguments
+    preset: str = "crosslore",
+    **overrides: Any,  # Any: of create_optimizer
+) -> tuple[type[OptimizerFactory], dict[str, Any]]:
+    """Return what `Trainer(optimizer_cls_and_kwargs=...)` takes.
+
+    Args:
+        args: the Trainer's; its learning rate and weight decay are taken, its betas and epsilon where they are not
+            transformers' defaults, and for gradients that are not whole its accumulation steps and `max_grad_norm`.
+        preset: a name of `PRESETS`.
+        **overrides: options of `create_optimizer`, which come before those of `args`.
+
+    Raises:
+        TypeError: if `args` are no training arguments.
+        ValueError: if the Trainer would undo loss scaling after weights have stepped.
+    """
+    for name in ("learning_rate", "gradient_accumulation_steps", "max_grad_norm", "adam_beta1"):
+        if not hasattr(args, name):
+            raise TypeError(
+                f"trainer_optimizer takes transformers' TrainingArguments, got {type(args).__name__}, which has no "
+                f"{name}. Pass the `args` of the Trainer."
+            )
+    options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+    if (args.adam_beta1, args.adam_beta2) != (0.9, 0.999):
+        options["betas"] = (args.adam_beta1, args.adam_beta2)
+    if args.adam_epsilon != 1e-8:
+        options["eps"] = args.adam_epsilon
+    mode = overrides.get("gradients") or ("layerwise" if overrides.get("layerwise") else "full")
+    if mode in TAKING:
+        options["accumulation_steps"] = args.gradient_accumulation_steps
+        options["max_grad_norm"] = args.max_grad_norm or None
+        report_true_norm()
+    if str(mode).endswith("layerwise") and args.fp16:
+        raise ValueError(
+            f"fp16 must be False for gradients={mode!r}: the loss scaling is undone after backward, when the weights "
+            "have stepped. Use bf16=True or fp32, or gradients='compact'."
+        )
+    return OptimizerFactory, {"preset": preset, **options, **overrides}

@@ -1,0 +1,141 @@
+"""Hugging Face's Trainer and TRL's SFTTrainer with `trainer_optimizer`."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason='needs transformers: pip install "crosslore[llamafactory]"')
+pytest.importorskip("accelerate", reason="needs accelerate")
+
+from crosslore import LowRankOptimizer, create_optimizer  # noqa: E402
+from crosslore.integrations.transformers import trainer_optimizer  # noqa: E402
+
+OPTIONS = {"rank": 4, "scale": 1.0, "refresh_every": 5}
+MODES = ("full", "compact", "layerwise", "compact-layerwise")
+
+
+def model() -> Any:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 61}  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+
+
+def rows(count: int = 48) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(61, (count, 10), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
+
+
+def arguments(folder: Path, **more: Any) -> Any:
+    options = {
+        "per_device_train_batch_size": 2, "max_steps": 8, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True,
+        "disable_tqdm": True,
+    }  # fmt: skip
+    return transformers.TrainingArguments(output_dir=str(folder), **{**options, **more})
+
+
+def run(folder: Path, *, gradients: str = "full", resume: str | None = None, **more: Any) -> Any:
+    args = arguments(folder, **more)
+    choice = trainer_optimizer(args, "crosslore_plus", gradients=gradients, **OPTIONS)
+    trainer = transformers.Trainer(model(), args, train_dataset=rows(), optimizer_cls_and_kwargs=choice)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def log(trainer: Any, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_every_mode_trains_as_a_plain_loop_does(gradients: str, tmp_path: Path) -> None:
+    (row,) = rows(1)  # the same row again and again: the Trainer's order does not matter
+    args = arguments(tmp_path)
+    choice = trainer_optimizer(args, "crosslore_plus", gradients=gradients, **OPTIONS)
+    trainer = transformers.Trainer(model(), args, train_dataset=[row] * 32, optimizer_cls_and_kwargs=choice)
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, LowRankOptimizer)
+    net = model().train()
+    optimizer = create_optimizer(net, "crosslore_plus", lr=1e-2, weight_decay=0.0, **OPTIONS)
+    losses = []
+    for _ in range(8):
+        # The Trainer divides by all labels, the first of a row too.
+        loss = net(**{name: torch.stack([tensor] * 2) for name, tensor in row.items()}, num_items_in_batch=20).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert log(trainer) == pytest.approx(losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("gradients", ["compact", "compact-layerwise"])
+def test_modes_agree_with_whole_gradients(gradients: str, tmp_path: Path) -> None:
+    whole, ours = run(tmp_path / "a"), run(tmp_path / "b", gradients=gradients)
+    assert log(ours) == pytest.approx(log(whole), rel=1e-3)
+    assert all(norm > 0 for norm in log(ours, "grad_norm"))
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_accumulation_and_clipping_reach_the_optimizer(gradients: str, tmp_path: Path) -> None:
+    trainer = run(tmp_path, gradients=gradients, gradient_accumulation_steps=3, max_grad_norm=0.5)
+    optimizer = trainer.optimizer.optimizer
+    assert len(log(trainer)) == 8 and all(norm > 0 for norm in log(trainer, "grad_norm"))
+    mode = optimizer.layerwise or optimizer.compact
+    assert mode is None or mode.accumulation_steps == 3
+    if gradients == "compact":
+        assert optimizer.compact.max_grad_norm == 0.5
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_a_run_goes_on_from_its_checkpoint_with_the_same_losses(gradients: str, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", gradients=gradients, save_strategy="steps", save_steps=4)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
+    again = run(tmp_path / "again", gradients=gradients, resume=str(tmp_path / "again" / "checkpoint-4"))
+    assert log(again) == log(whole)
+
+
+def test_bf16_weights_train(tmp_path: Path) -> None:
+    args = arguments(tmp_path, bf16=True)
+    choice = trainer_optimizer(args, "crosslore", gradients="compact", warmup_steps=2, **OPTIONS)
+    net = model().to(torch.bfloat16)
+    trainer = transformers.Trainer(net, args, train_dataset=rows(), optimizer_cls_and_kwargs=choice)
+    trainer.train()
+    assert log(trainer)[-1] < log(trainer)[0]
+
+
+def test_the_sft_trainer_of_trl_works(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="needs trl")
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    data = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows()])
+    keep = {"per_device_train_batch_size", "max_steps", "learning_rate", "logging_steps", "report_to", "use_cpu"}
+    values = {name: value for name, value in vars(arguments(tmp_path)).items() if name in keep}
+    args = trl.SFTConfig(output_dir=str(tmp_path), save_strategy="no", max_length=16, bf16=False, **values)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_letters(), pad_token="p", eos_token="e")
+    trainer = trl.SFTTrainer(
+        model(), args, train_dataset=data, processing_class=tokenizer,
+        optimizer_cls_and_kwargs=trainer_optimizer(args, "crosslore_plus", gradients="compact", **OPTIONS),
+    )  # fmt: skip
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, LowRankOptimizer) and trainer.state.global_step == 8
+
+
+def _letters() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    return Tokenizer(WordLevel({letter: place for place, letter in enumerate("pe" + "abcdefghij")}, unk_token="a"))
+
+
+def test_what_is_no_training_arguments_is_named() -> None:
+    with pytest.raises(TypeError, match="takes transformers' TrainingArguments, got dict"):
+        trainer_optimizer({})
+
+
+def test_loss_scaling_with_layerwise_is_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    args.fp16 = True
+    with pytest.raises(ValueError, match="fp16 must be False for gradients='layerwise'"):
+        trainer_optimizer(args, layerwise=True)

@@ -9,7 +9,7 @@ from itertools import islice
 
 from tqdm import tqdm
 
-from reproduction.cell_run import Setup, finished, reusable, run_cell
+from reproduction.cell_run import Setup, finished, hash_of, reusable, run_cell
 from reproduction.cells import TUNING, Experiment
 from reproduction.costs import estimated_seconds
 from reproduction.results import Result, read_results, write_result
@@ -90,15 +90,16 @@ def run(cells: Sequence[Experiment], setup: Setup, *, jobs: int, say: Callable[[
 
 def _results(cells: Sequence[Experiment], setup: Setup, jobs: int) -> Iterator[Result]:
     """Yield results as cells end; whatever interrupts this stops the processes first."""
-    reading = threading.Lock()
+    # Cells of one configuration wait for each other: the later ones take over what the first one finds.
+    turns = {hash_of(cell, setup): threading.Lock() for cell in cells}
 
     def one(cell: Experiment) -> Result:
-        with reading:  # a cell of the same configuration may just have ended
+        with turns[hash_of(cell, setup)]:
             same = reusable(cell, setup, all_results(setup))
-        if same is None:
-            return run_cell(cell, setup)
-        write_result(setup.results, same)
-        return same
+            if same is None:
+                return run_cell(cell, setup)
+            write_result(setup.results, same)
+            return same
 
     rest = iter(cells)
     with ThreadPoolExecutor(jobs) as pool:

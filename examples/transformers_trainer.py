@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with CrossLore, on the embedded model (make model) and bundled data; a minute on a CPU.
+"""Hugging Face's Trainer with CrossLore, on the embedded model (make model) and bundled data, on a CPU.
 
 python examples/transformers_trainer.py
 """

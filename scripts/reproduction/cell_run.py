@@ -126,6 +126,9 @@ def _trained_and_scored(exp: Experiment, setup: Setup) -> Result:
         train(config, folder, setup)
         marker.write_text("{}", encoding="utf-8")
     measure = json.loads((folder / "measure.json").read_text(encoding="utf-8"))
+    if measure.get("interrupted_seconds_before", 0.0) is None:
+        shutil.rmtree(folder)
+        raise CellFailed("a part of the training was not measured, so its hours are not known", oom=False)
     scores = _held_out(measure) if exp.table == TUNING else _scores(exp, folder, setup)
     return _result(exp, setup, status="ok", measure=measure, scores=scores)
 

@@ -1,6 +1,5 @@
 """What a result says about the code and the machine that made it."""
 
-import os
 import platform
 import subprocess
 from functools import cache
@@ -44,19 +43,10 @@ def packages() -> dict[str, str]:
 
 @cache
 def device(threads: int) -> Device:
-    """Return what a cell runs on: the first GPU, or the processor."""
+    """Return what a cell runs on, as its measurement names it: the first GPU, or the processor."""
     import torch
 
-    if torch.cuda.is_available():
-        return Device(name=torch.cuda.get_device_name(0), kind="cuda", threads=threads)
-    return Device(name=f"{processor()}, {os.cpu_count()} cores", kind="cpu", threads=threads)
+    from crosslore.integrations.measure import describe_device
 
-
-def processor() -> str:
-    """Return the processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    found = describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return Device(name=found["name"], kind=found["kind"], threads=threads)

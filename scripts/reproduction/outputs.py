@@ -9,7 +9,7 @@ from reproduction.panels import Sources
 from reproduction.paper import Paper
 from reproduction.render import render
 from reproduction.report import write_report
-from reproduction.results import Result
+from reproduction.results import Result, write_whole
 from reproduction.tables import ablation_grid, table_grid
 
 BENCHMARKS = Path(__file__).parents[2] / "results" / "benchmarks"
@@ -43,7 +43,7 @@ def write_outputs(
             grid = table_grid(paper, int(name.removeprefix("table")), results, profile=profile, planned=planned)
         for form, suffix in SUFFIXES.items():
             path = target_folder / f"{name}.{suffix}"
-            path.write_text(render(grid, form), encoding="utf-8")
+            write_whole(path, render(grid, form))
             yield path
     yield write_report(
         folder / f"report-{profile}.html", paper=paper, results=results, folder=folder, profile=profile,

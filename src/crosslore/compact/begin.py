@@ -25,8 +25,6 @@ class Held:
     # The gradient in factors, or whole, while a step that must see it waits for the sum of all micro-batches.
     factors: GradientFactors | None = None
     whole: Tensor | None = None
-    # Backward passes so far.
-    count: int = 0
     # A gradient that is not finite was seen whole: the step is skipped.
     poisoned: bool = False
 

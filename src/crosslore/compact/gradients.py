@@ -108,7 +108,6 @@ class CompactGradients:
         held = self._held.get(weight)
         if held is None:
             held = self._held[weight] = Held(self.optimizer.item(*self.optimizer.place(weight)))
-        held.count += 1
         if held.poisoned:
             return
         if held.pendings:

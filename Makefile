@@ -9,7 +9,7 @@ EXTRAS := llamafactory,eval,bnb,dev
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format model webui benchmark ablation data clean reproduce-all
+.PHONY: help setup demo test check format model webui benchmark ablation data docs docs-serve clean reproduce-all
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -76,6 +76,12 @@ reproduce-%: $(STAMP) $(if $(filter paper,$(PROFILE)),,$(EMBEDDED))
 
 data: $(STAMP) ## Prepare GSM8K, MAWPS and E2E for training (SOURCE=folder; from the hub without MAWPS)
 	$(PY) scripts/prepare_data.py $(if $(SOURCE),--source $(SOURCE))
+
+docs: $(STAMP) ## Build the documentation into site/, every link checked
+	$(VENV)/bin/mkdocs build --strict
+
+docs-serve: $(STAMP) ## Show the documentation on 127.0.0.1:8000 and rebuild it at every change
+	$(VENV)/bin/mkdocs serve --strict
 
 clean: ## Remove .venv, the embedded model and training output
 	rm -rf $(VENV) models saves data/prepared

@@ -17,12 +17,14 @@ def run(*words: str) -> subprocess.CompletedProcess:
 
 def test_every_method_has_its_row_and_is_not_measured_twice(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    words = ("--tiny", "--device", "cpu", "--rank", "8", "--tokens", "16", "--steps", "2", "--out", str(out))
+    words = ("--tiny", "--device", "cpu", "--rank", "8", "--tokens", "16,gsm8k", "--steps", "2", "--out", str(out))
     assert run(*words, "--methods", "galore-torch,lora").returncode == 0
     assert run(*words, "--methods", "galore-torch,crosslore:deferred").returncode == 0
     rows = json.loads(out.read_text())
-    assert [row["status"] for row in rows.values()] == ["ok"] * 3, rows
+    assert [row["status"] for row in rows.values()] == ["ok"] * 6, rows
     assert all(row["amortised_seconds"] >= row["ordinary_seconds"] > 0 for row in rows.values())
+    fitted = {row["method"]: row["fitting_layers"] for row in rows.values()}
+    assert fitted == {"galore-torch": 2, "lora": 3, "crosslore:deferred": 3}
 
 
 def test_without_a_gpu_it_says_so() -> None:

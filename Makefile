@@ -78,10 +78,10 @@ data: $(STAMP) ## Prepare GSM8K, MAWPS and E2E for training (SOURCE=folder; from
 	$(PY) scripts/prepare_data.py $(if $(SOURCE),--source $(SOURCE))
 
 docs: $(STAMP) ## Build the documentation into site/, every link checked
-	$(VENV)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 docs-serve: $(STAMP) ## Show the documentation on 127.0.0.1:8000 and rebuild it at every change
-	$(VENV)/bin/mkdocs serve --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs serve --strict
 
 clean: ## Remove .venv, the embedded model and training output
 	rm -rf $(VENV) models saves data/prepared

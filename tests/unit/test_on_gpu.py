@@ -27,6 +27,7 @@ def trained(
     *,
     steps: int = 22,
     parts: int = 1,
+    batches: int = 1000,
     dtype: torch.dtype = torch.float64,
     device: str = "cuda",
     **more: Any,

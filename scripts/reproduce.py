@@ -11,6 +11,7 @@ is given again; at most the cells that were running are lost.
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import NoReturn
 
 from prepare_data import DataError
 from reproduction import needs
-from reproduction.cell_run import CellFailed, Setup, finished
+from reproduction.cell_run import CellFailed, Setup
 from reproduction.cells import Experiment
 from reproduction.experiments import experiments
 from reproduction.memory_need import memory_lines
@@ -29,7 +30,7 @@ from reproduction.probe import speed_factor
 from reproduction.processes import FolderBusy, Processes, only_one
 from reproduction.reading import PaperDataError
 from reproduction.results import ResultError, results_folder
-from reproduction.runner import Summary, all_results, ready, rounds, run
+from reproduction.runner import Summary, all_results, missing_of, of_other_models, ready, rounds, run
 from reproduction.samples import prepare_profile_data
 from reproduction.selection import needed, select
 from reproduction.tables import PROFILES
@@ -44,7 +45,17 @@ DATA_VARIABLE = "CROSSLORE_DATA_DIR"
 INTERRUPTED = 130
 # Cells of the profile smoke at a time, at most: each takes a gibibyte.
 SMOKE_JOBS = 8
-ERRORS = (needs.NotReady, DataError, FolderBusy, PaperDataError, ResultError, TuningError, EvalError, ValueError)
+ERRORS = (
+    needs.NotReady,
+    DataError,
+    FolderBusy,
+    PaperDataError,
+    ResultError,
+    TuningError,
+    EvalError,
+    ValueError,
+    OSError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,7 +101,8 @@ def _reproduce(options: argparse.Namespace) -> int:
     wanted = [
         cell for target in options.targets for cell in experiments(target, profile=options.profile, seeds=options.seeds)
     ]
-    cells = needed(select(list({(cell.table, cell.name): cell for cell in wanted}.values()), options.only))
+    once = list({(cell.table, cell.name): cell for cell in wanted}.values())
+    cells = needed(select(once, options.only), options.targets)
     if options.jobs is None:  # tiny cells are start-up for the most part, on one core
         options.jobs = min(SMOKE_JOBS, os.cpu_count() or 1) if options.profile == "smoke" else 1
     if options.jobs < 1 or (options.threads is not None and options.threads < 1):
@@ -100,13 +112,15 @@ def _reproduce(options: argparse.Namespace) -> int:
     source = options.data or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
     options.data = None if source is None else source.resolve()
     options.out = (options.out or results_folder(options.profile)).resolve()
+    for folder, option in ((work, "--work"), (options.out, "--out")):
+        needs.check_folder(folder, option)
     with only_one(work):
         if options.profile == "smoke":
             models = _with_tiny_models(models, work)
         os.chdir(ROOT)  # models and bundled data are named from there
         for line in memory_lines(cells):
             print(line, file=sys.stderr)
-        needs.check(cells, models)
+        needs.check(cells, models, options.data)
         setup = _setup(options, cells, models, work)
         failed = _run_rounds(cells, setup, options)
         if not options.dry_run:
@@ -124,7 +138,11 @@ def _with_tiny_models(models: dict[str, str], work: Path) -> dict[str, str]:
     for name, place in models.items():
         is_there = (ROOT / place / "config.json").is_file()
         if not is_there and not (work / name / "config.json").is_file():
-            make_tiny_model(work / name)
+            part = work / f".{name}.part"  # whole or not there, should this be interrupted
+            shutil.rmtree(part, ignore_errors=True)
+            make_tiny_model(part)
+            shutil.rmtree(work / name, ignore_errors=True)
+            part.rename(work / name)
         found[name] = place if is_there else str(work / name)
     return found
 
@@ -147,12 +165,13 @@ def _run_rounds(cells: Sequence[Experiment], setup: Setup, options: argparse.Nam
     """Run the cells; return whether one failed."""
     failed = False
     for part in rounds(cells):
-        chosen = ready(part, setup)
-        missing = [cell for cell in chosen if finished(cell, setup) is None]
+        chosen = part if options.dry_run else ready(part, setup)
+        missing = missing_of(part, setup)
         factor = _probed(missing, setup, options)
         needed = needs.of(missing, all_results(setup), setup.models, jobs=options.jobs, factor=factor)
         disk = needs.enough_disk(needed, setup.work)
-        for line in [*needed.lines(), *needs.warnings(missing), *([disk] if disk else [])]:
+        others = [] if options.dry_run else of_other_models(chosen, setup)
+        for line in [*needed.lines(), *needs.warnings(missing), *others, *([disk] if disk else [])]:
             print(line, file=sys.stderr)
         if options.dry_run:
             for cell in missing:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from demo_training import plan_training, training_command
 
@@ -18,7 +19,16 @@ from reproduction.cells import TUNING, Experiment
 from reproduction.configs import PROTOCOLS, config_hash, evaluation_command, training_config
 from reproduction.facts import commit, device, packages
 from reproduction.processes import Processes
-from reproduction.results import DataFile, Result, Score, Status, read_result, result_path, write_result
+from reproduction.results import (
+    DataFile,
+    Result,
+    ResultError,
+    Score,
+    Status,
+    read_result,
+    result_path,
+    write_result,
+)
 
 # What a program prints when memory is short.
 OOM = re.compile(r"out of memory|OutOfMemoryError|DefaultCPUAllocator: can't allocate|Cannot allocate memory", re.I)
@@ -67,8 +77,12 @@ def finished(exp: Experiment, setup: Setup) -> Result | None:
     if not path.is_file():
         return None
     result = read_result(path)
-    same = result.config_hash == hash_of(exp, setup) and dict(result.data) == data_of(exp, setup)
-    return result if same and result.status != "failed" else None
+    return result if is_of(result, exp, setup) and result.status != "failed" else None
+
+
+def is_of(result: Result, exp: Experiment, setup: Setup) -> bool:
+    """Return whether a result is of the configuration and data that a cell has now."""
+    return result.config_hash == hash_of(exp, setup) and dict(result.data) == data_of(exp, setup)
 
 
 def reusable(exp: Experiment, setup: Setup, others: list[Result]) -> Result | None:
@@ -125,12 +139,34 @@ def _trained_and_scored(exp: Experiment, setup: Setup) -> Result:
     if not marker.is_file():
         train(config, folder, setup)
         marker.write_text("{}", encoding="utf-8")
-    measure = json.loads((folder / "measure.json").read_text(encoding="utf-8"))
-    if measure.get("interrupted_seconds_before", 0.0) is None:
-        shutil.rmtree(folder)
-        raise CellFailed("a part of the training was not measured, so its hours are not known", oom=False)
+    measure = _measured(folder)
     scores = _held_out(measure) if exp.table == TUNING else _scores(exp, folder, setup)
-    return _result(exp, setup, status="ok", measure=measure, scores=scores)
+    try:
+        return _result(exp, setup, status="ok", measure=measure, scores=scores)
+    except ResultError as error:
+        raise CellFailed(f"its numbers are no result: {error} (they are in {folder})", oom=False) from None
+
+
+def _measured(folder: Path) -> dict[str, Any]:  # Any: JSON of the callback
+    """Return what a training took; without it, nothing of the training is of use, and its folder goes."""
+    found = _json(folder / "measure.json")
+    if found is None:
+        reason = "the training left no measurement: is crosslore's start-up hook active? `crosslore doctor` says"
+    elif found.get("interrupted_seconds_before", 0.0) is None:
+        reason = "a part of the training was not measured, so its hours are not known"
+    else:
+        return found
+    shutil.rmtree(folder)
+    raise CellFailed(reason, oom=False)
+
+
+def _json(path: Path) -> dict[str, Any] | None:  # Any: JSON
+    """Return the object that a file holds, None if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def train(config: Mapping[str, Any], folder: Path, setup: Setup) -> None:  # Any: values of a configuration
@@ -170,7 +206,10 @@ def _scored(command: list[str], *, log: Path, printed: Path, folder: Path, setup
     code = _run([program, *command[1:]], log=log, folder=folder, setup=setup, output=printed)
     if code != 0:
         raise _failure("evaluation", code, log)
-    return {name: _score(entry) for name, entry in json.loads(printed.read_text(encoding="utf-8"))["scores"].items()}
+    content = _json(printed)
+    if content is None or not isinstance(content.get("scores"), dict):
+        raise CellFailed(f"evaluation: {printed} must be one JSON object with scores, and is none", oom=False)
+    return {name: _score(entry) for name, entry in content["scores"].items()}
 
 
 def _score(entry: Mapping[str, Any]) -> Score:  # Any: JSON of crosslore-eval
@@ -193,15 +232,24 @@ def _run(
 ) -> int:  # fmt: skip
     # LLaMA-Factory starts a bare `torchrun` when it sees several GPUs.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    environment = {"PATH": path, "OMP_NUM_THREADS": str(setup.threads), **(more or {})}
+    environment = {"PATH": path, "OMP_NUM_THREADS": str(setup.threads), **one_gpu(), **(more or {})}
     environment |= {"HF_HUB_OFFLINE": "1"} if all(Path(name).is_dir() for name in setup.models.values()) else {}
     return setup.processes.run(command, log=log, environment=environment, folder=Path.cwd(), output=output)
 
 
+def one_gpu() -> dict[str, str]:
+    """Return what leaves a cell the first GPU of several: LLaMA-Factory would multiply its batch by their number."""
+    if torch.cuda.device_count() < 2:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+
+
 def _failure(what: str, code: int, log: Path) -> CellFailed:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    last = next((line for line in reversed(lines) if not line.startswith(("$", "  "))), "no output")[:300]
-    short = next((line for line in reversed(lines) if OOM.search(line)), None)
+    # Of the last command alone: earlier attempts and runs stand in the same log.
+    text = "\n" + log.read_text(encoding="utf-8", errors="replace")
+    lines = [line.rstrip() for line in text.rpartition("\n$ ")[2].splitlines()[1:] if line.strip()]
+    last = next((line for line in reversed(lines) if not line.startswith(" ")), "no output")[:300]
+    short = next((line.strip() for line in reversed(lines) if OOM.search(line)), None)
     if short or code == KILLED:
         return CellFailed(f"{what}: {(short or 'killed by the system')[:300]}", oom=True)
     return CellFailed(f"{what} ended with exit code {code}: {last} (its log: {log})", oom=False)

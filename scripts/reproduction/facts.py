@@ -9,6 +9,8 @@ from pathlib import Path
 from reproduction.results import Device
 
 ROOT = Path(__file__).resolve().parents[2]
+# What decides a result: the method, the runner, the scores, the bundled rows.
+CODE = ("src", "scripts", "evaluation", "data")
 PACKAGES = ("crosslore", "torch", "transformers", "llamafactory", "peft", "accelerate", "datasets", "bitsandbytes",
             "galore-torch", "numpy")  # fmt: skip
 
@@ -18,9 +20,7 @@ def commit() -> str:
     """Return the commit of the code, with "+changes" if files differ from it; "unknown" outside a repository."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        return head + (
-            "+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", "src", "scripts") else ""
-        )
+        return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", *CODE) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -1,7 +1,9 @@
 """What a run needs and what is missing, found before anything starts."""
 
 import importlib.util
+import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +11,22 @@ from pathlib import Path
 import torch
 
 from crosslore_eval.metrics.java import find_java
+from crosslore_eval.tasks import TASKS
+from crosslore_eval.tasks.loading import find_file, no_hub_message
 from reproduction.cells import Experiment
 from reproduction.configs import merged_settings
 from reproduction.costs import estimated_seconds
-from reproduction.profiles import load_profiles
+from reproduction.profiles import Profile, load_profiles
 from reproduction.results import Result
 
 # Bytes on disk of a trained model for each byte of its weights: the result, and two checkpoints while one replaces the
 # other, each with the optimizer's state.
 COPIES = 4
+# Bytes of the models that are named on the hub, in bf16.
+HUB_BYTES = {"llama2-7b": 13.5e9, "llama2-13b": 26.0e9, "llama3-8b": 16.1e9}
+# One of these is in a model's folder for its tokenizer, and one for its weights.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+WEIGHTS = ("*.safetensors", "*.bin")
 # Modules that a configuration asks for, and how to get them.
 MODULES = {
     "llamafactory": 'pip install "crosslore[llamafactory,eval]"',
@@ -53,9 +62,19 @@ def hours_text(hours: float) -> str:
     return f"{60 * hours:.0f} min" if hours < 2 else f"{hours:.1f} h"
 
 
-def check(cells: Sequence[Experiment], models: Mapping[str, str]) -> None:
-    """Raise a NotReady error that lists all that is missing for these cells."""
+def check(cells: Sequence[Experiment], models: Mapping[str, str], source: Path | None = None) -> None:
+    """Raise a NotReady error that lists all that is missing for these cells.
+
+    Args:
+        cells: of one profile.
+        models: where each model is.
+        source: folder with the data sets; None: the hub.
+    """
     missing = [line for model in dict.fromkeys(cell.model for cell in cells) if (line := _model(model, models))]
+    for dataset in sorted({cell.dataset for cell in cells}):
+        missing += _data(dataset, load_profiles().profile(cells[0].profile), source)
+    if os.environ.get("CROSSLORE_LLAMAFACTORY") == "0":
+        missing.append("CROSSLORE_LLAMAFACTORY is 0, so nothing would be measured. Unset it.")
     settings = [merged_settings(cell) for cell in cells]
     wanted = {"llamafactory"}
     wanted |= {"galore_torch" for one in settings if one.get("use_galore")}
@@ -114,7 +133,7 @@ def of(
         cells=len(cells),
         hours=seconds / 3600 / jobs,
         source=source,
-        disk_gb=max((COPIES * _bytes(models[cell.model]) for cell in cells), default=0.0) * jobs / 1e9,
+        disk_gb=max((COPIES * _bytes(cell.model, models[cell.model]) for cell in cells), default=0.0) * jobs / 1e9,
     )
 
 
@@ -127,23 +146,54 @@ def enough_disk(needs: Needs, folder: Path) -> str | None:
     return f"{existing} has {free:.1f} GB free, about {needs.disk_gb:.1f} GB are needed. Choose another --work folder."
 
 
+def check_folder(folder: Path, option: str) -> None:
+    """Make a folder if need be; raise a NotReady error if no file can be written into it.
+
+    Args:
+        folder: where results or work go.
+        option: that names it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise NotReady(
+            f"{option} must be a folder that can be written to, got {folder} ({error.strerror}). Choose another one."
+        ) from None
+
+
+def _data(dataset: str, profile: Profile, source: Path | None) -> list[str]:
+    """Return a line for each file of a data set that is not there; none for bundled rows."""
+    task, choice = TASKS[dataset], profile.datasets[dataset]
+    if choice.bundled is not None:
+        return []
+    if source is None:
+        return [] if task.hub else [f"data: {no_hub_message(task, option='--data')}."]
+    names = dict.fromkeys(("train", task.test_split, choice.dev_split or "train"))
+    files = [find_file(task.split(name), source) for name in names]
+    return [f"data: {file} is not there. Give the folder: --data DIR" for file in files if not file.is_file()]
+
+
 def _model(name: str, models: Mapping[str, str]) -> str | None:
     place = models[name]
-    if Path(place).is_dir():
-        return None if (Path(place) / "config.json").is_file() else f"{place} has no config.json: it is no model"
-    looks_local = place.startswith((".", "/", "models/", "saves/"))
+    folder = Path(place)
+    if folder.is_dir():
+        wanted = {"config.json": ("config.json",), "tokenizer": TOKENIZERS, "weights": WEIGHTS}
+        lost = [what for what, patterns in wanted.items() if not any(any(folder.glob(one)) for one in patterns)]
+        short = f"model {name}: {place} has no {' and no '.join(lost)}. Give the folder of a whole model."
+        return short if lost else None
+    looks_local = place.startswith((".", "/", "~", "models/", "saves/")) or place.count("/") > 1
     if looks_local:
         hint = "Run: make model" if "SmolLM2" in place else f"Give a folder: --model {name}=DIR"
         return f"model {name}: {place} is not there. {hint}"
     return None  # a name on the hub, found or not by the first cell
 
 
-def _bytes(place: str) -> float:
-    return (
-        float(sum(path.stat().st_size for path in Path(place).glob("*.safetensors")))
-        if Path(place).is_dir()
-        else 13.5e9
-    )
+def _bytes(name: str, place: str) -> float:
+    """Return the bytes of a model's weights; of one that is not here yet those of its like on the hub."""
+    files = [path for pattern in WEIGHTS for path in Path(place).glob(pattern)] if Path(place).is_dir() else []
+    return float(sum(path.stat().st_size for path in files)) or HUB_BYTES.get(name, HUB_BYTES["llama2-7b"])
 
 
 def models_of(profile: str, given: Sequence[str], cells: Sequence[Experiment]) -> dict[str, str]:
@@ -162,5 +212,6 @@ def models_of(profile: str, given: Sequence[str], cells: Sequence[Experiment]) -
             name, place = names[0], text
         if name not in places:
             raise NotReady(f"--model {text}: {name!r} is no model of these cells. They use: {', '.join(names)}.")
-        places[name] = place
+        local = Path(place).expanduser()
+        places[name] = str(local.resolve()) if local.is_dir() else place  # the run changes its folder
     return places

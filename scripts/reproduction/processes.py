@@ -74,6 +74,9 @@ class Processes:
                 self._running.add(process)
             try:
                 code = process.wait()
+            except BaseException:  # Ctrl-C in the thread that waits: nobody else knows of the process
+                _end([process])
+                raise
             finally:
                 with self._lock:
                     self._running.discard(process)
@@ -86,13 +89,18 @@ class Processes:
         with self._lock:
             self._stopped = True
             running = list(self._running)
-        for process in running:
-            _signal_group(process, signal.SIGTERM)
-        for process in running:
-            try:
-                process.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                _signal_group(process, signal.SIGKILL)
+        _end(running)
+
+
+def _end(processes: "list[subprocess.Popen[bytes]]") -> None:
+    """Ask processes to end, and kill those that do not in time."""
+    for process in processes:
+        _signal_group(process, signal.SIGTERM)
+    for process in processes:
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            _signal_group(process, signal.SIGKILL)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:

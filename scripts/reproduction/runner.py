@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 from tqdm import tqdm
 
-from reproduction.cell_run import Setup, finished, hash_of, reusable, run_cell
+from reproduction.cell_run import Setup, finished, hash_of, is_of, reusable, run_cell
 from reproduction.cells import TUNING, Experiment
 from reproduction.costs import estimated_seconds
-from reproduction.results import Result, read_results, write_result
-from reproduction.tuning import with_lr
+from reproduction.profiles import load_profiles
+from reproduction.results import Result, read_result, read_results, result_path, write_result
+from reproduction.tuning import TuningError, grid_of, with_lr
 
 # So that a bar moves by cells whose profile knows no times.
 START_SECONDS = 10
@@ -44,8 +46,49 @@ def rounds(cells: Sequence[Experiment]) -> list[list[Experiment]]:
 
 
 def ready(cells: Sequence[Experiment], setup: Setup) -> list[Experiment]:
-    """Return cells with their learning rates."""
+    """Return cells with their learning rates.
+
+    Raises:
+        TuningError: if runs that a rate is chosen from are not there, or are of other settings or data.
+    """
+    tuned = [cell for cell in cells if cell.table != TUNING and load_profiles().profile(cell.profile).tuning]
+    grids = {result_path(setup.results, run): run for cell in tuned for run in grid_of(cell)}
+    for path, run in grids.items():
+        if path.is_file() and not is_of(read_result(path), run, setup):
+            raise TuningError(
+                f"{path} is of other settings or rows than a learning rate is chosen by now. Run: python "
+                f"scripts/reproduce.py {TUNING} --profile {run.profile}"
+            )
     return [cell if cell.table == TUNING else with_lr(cell, setup.results) for cell in cells]
+
+
+def missing_of(cells: Sequence[Experiment], setup: Setup) -> list[Experiment]:
+    """Return the cells that would be run, also those whose learning rate is not chosen yet."""
+    found = []
+    for cell in cells:
+        try:
+            (known,) = ready([cell], setup)
+        except TuningError:
+            found.append(cell)
+            continue
+        if finished(known, setup) is None:
+            found.append(known)
+    return found
+
+
+def of_other_models(cells: Sequence[Experiment], setup: Setup) -> list[str]:
+    """Return a line for each model whose results were trained from a folder or name that is another one now."""
+    places: dict[tuple[str, str], int] = {}
+    for cell in cells:
+        result, place = finished(cell, setup), Path(setup.models[cell.model]).name
+        before = "" if result is None else Path(str(result.config.get("model_name_or_path", place))).name
+        if before not in ("", place):
+            places[before, place] = places.get((before, place), 0) + 1
+    return [
+        f"{count} results that are there were trained from {before}, now {place} is given: they are kept as they are. "
+        "To train from the other, name another --out folder."
+        for (before, place), count in places.items()
+    ]
 
 
 def run(cells: Sequence[Experiment], setup: Setup, *, jobs: int, say: Callable[[str], None]) -> Summary:

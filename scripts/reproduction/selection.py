@@ -34,20 +34,24 @@ def select(cells: Sequence[Experiment], text: str) -> list[Experiment]:
             raise unknown_name(f"{field} in --only", value, known)
         wanted.setdefault(field, set()).add(value)
         last = field if equals else last
-    return [cell for cell in cells if all(_matches(cell, name, values) for name, values in wanted.items())]
+    found = [cell for cell in cells if all(_matches(cell, name, values) for name, values in wanted.items())]
+    tables = [cell for cell in found if cell.table != TUNING]
+    if cells and not (tables or (found and all(cell.table == TUNING for cell in cells))):
+        raise ValueError(f"--only must leave a cell, {text!r} leaves none: no cell has all of it. Leave a part out.")
+    return found
 
 
-def needed(cells: Sequence[Experiment]) -> list[Experiment]:
+def needed(cells: Sequence[Experiment], targets: Sequence[str]) -> list[Experiment]:
     """Return cells without the runs for tuning that none of the others takes its learning rate from.
 
-    Where there are only runs for tuning, they are what was asked for.
+    Args:
+        cells: of some targets.
+        targets: what was asked for; runs for tuning alone are all kept.
     """
+    if set(targets) == {TUNING}:
+        return list(cells)
     places = {(cell.model, cell.base_method, cell.dataset) for cell in cells if cell.table != TUNING}
-    return [
-        cell
-        for cell in cells
-        if cell.table != TUNING or not places or (cell.model, cell.method, cell.dataset) in places
-    ]
+    return [cell for cell in cells if cell.table != TUNING or (cell.model, cell.method, cell.dataset) in places]
 
 
 def _matches(cell: Experiment, name: str, values: set[str]) -> bool:

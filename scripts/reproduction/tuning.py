@@ -34,6 +34,12 @@ def tuning_grid(profile: Profile, model: str, *, method: str, dataset: str) -> l
     ]
 
 
+def grid_of(exp: Experiment) -> list[Experiment]:
+    """Return the runs that the learning rate of a cell is chosen from."""
+    profile = load_profiles().profile(exp.profile)
+    return tuning_grid(profile, exp.model, method=exp.base_method, dataset=exp.dataset)
+
+
 def rate_text(rate: float) -> str:
     """Return a learning rate as names have it: 3e-5."""
     mantissa, exponent = f"{rate:e}".split("e")
@@ -57,8 +63,7 @@ def chosen_lr(results_folder: Path, exp: Experiment) -> float:
     Raises:
         TuningError: if runs of the grid are not there, or all of them failed; names them and the command.
     """
-    profile = load_profiles().profile(exp.profile)
-    grid = tuning_grid(profile, exp.model, method=exp.base_method, dataset=exp.dataset)
+    grid = grid_of(exp)
     losses = {run.name: _held_out_loss(results_folder / TUNING / f"{run.name}.json") for run in grid}
     command = f"Run: python scripts/reproduce.py {TUNING} --profile {exp.profile}"
     missing = [name for name, loss in losses.items() if loss is None]

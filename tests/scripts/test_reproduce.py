@@ -194,7 +194,7 @@ def test_a_wrong_selection_is_named(text: str, message: str) -> None:
 
 def test_tuning_is_run_for_what_needs_it_only() -> None:
     both = [*experiments("tuning", profile="small"), *experiments("table1", profile="small")]
-    chosen = selection.needed(selection.select(both, "method=crosslore,rank=32"))
+    chosen = selection.needed(selection.select(both, "method=crosslore,rank=32"), ["tuning", "table1"])
     tuning = [cell for cell in chosen if cell.table == "tuning"]
     assert {(cell.method, cell.dataset) for cell in tuning} == {("crosslore", "gsm8k"), ("crosslore", "mawps")}
     assert all(cell.rank == 32 for cell in chosen if cell.table != "tuning")

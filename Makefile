@@ -63,7 +63,7 @@ ablation: $(STAMP) $(EMBEDDED) ## Fine-tune with one choice changed at a time, E
 # PROFILE=paper|small|smoke MODEL=[NAME=]DIR DATA=DIR SEEDS=N ONLY=method=crosslore,rank=16 JOBS=N
 PROFILE ?= paper
 REPRODUCE = $(PY) scripts/reproduce.py --profile $(PROFILE) $(foreach one,$(MODEL),--model $(one)) \
-  $(if $(DATA),--data $(DATA)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ONLY),--only $(ONLY)) $(if $(JOBS),--jobs $(JOBS)) \
+  $(if $(DATA),--data "$(DATA)") $(if $(SEEDS),--seeds $(SEEDS)) $(if $(ONLY),--only "$(ONLY)") $(if $(JOBS),--jobs $(JOBS)) \
   $(REPRODUCE_ARGS)
 
 reproduce-all: $(STAMP) $(if $(filter paper,$(PROFILE)),,$(EMBEDDED)) ## Train and score every cell of the paper, then tables, figures, report

@@ -17,7 +17,7 @@ from reproduction.grids import (
 )
 from reproduction.keys import CellKey
 from reproduction.paper import Column, Paper
-from reproduction.render import Grid, Line, Value, measured, rounded
+from reproduction.render import Grid, Head, Line, Value, measured, rounded
 from reproduction.results import Result, ResultError
 from reproduction.settings import Ablation
 
@@ -36,7 +36,13 @@ HOW_MEASURED = (
     "Measured: time is that of training alone; memory is in GiB, reserved by PyTorch on a GPU and of the whole process "
     "on a CPU; Acc. is accuracy_flexible; texts are scored against one reference at a time (protocol paper)."
 )
-ABOUT_INTERVALS = "± is the deviation over n seeds, [low, high] the 95 % bootstrap interval over test examples."
+ABOUT_SEEDS = "± is the deviation over n seeds."
+ABOUT_INTERVALS = (
+    "[low, high] is the 95 % bootstrap interval over test examples; where no example scores, as in 0.00 [0.00, 0.00], "
+    "a bootstrap cannot say how wide it is."
+)
+# The paper's GB may be either; what is measured is not printed under them without a word.
+BOTH_UNITS = "GB; measured: GiB"
 
 
 class Planned(Protocol):
@@ -82,7 +88,8 @@ def table_grid(
     values = measured_values(paper, results, table=name, profile=profile, planned=planned)
     theirs = ", ".join(paper.names.models[model] for model in {k.model: 0 for k in paper.by_key if k.table == name})
     grid = grid_of(paper, number, measured=values, compare=profile == "paper")
-    return replace(grid, caption=_caption(paper, values, grid.caption, profile=profile, theirs=theirs))
+    caption = _caption(paper, values, grid.caption, profile=profile, theirs=theirs)
+    return replace(grid, caption=caption, heads=_both_units(grid.heads) if values else grid.heads)
 
 
 def ablation_grid(
@@ -105,9 +112,14 @@ def ablation_grid(
         name=f"{ablation.title} ({ablation.action} the {ablation.part})",
         caption=_caption(paper, values, "The paper has no such table.", profile=profile),
         labels=("Model", "Rank", "Variant"),
-        heads=tuple(column_head(column, paper.names) for column in columns),
+        heads=_both_units(column_head(column, paper.names) for column in columns),
         lines=tuple(lines),
     )
+
+
+def _both_units(heads: Iterable[Head]) -> tuple[Head, ...]:
+    """Return heads with the unit of what is measured beside the paper's."""
+    return tuple(replace(head, text=head.text.replace("(GB)", f"({BOTH_UNITS})")) for head in heads)
 
 
 def _caption(paper: Paper, keys: Iterable[CellKey], caption: str, *, profile: str, theirs: str = "") -> str:
@@ -116,7 +128,8 @@ def _caption(paper: Paper, keys: Iterable[CellKey], caption: str, *, profile: st
     parts = [f"Profile {profile}, {models or 'nothing planned or run'}: {ABOUT_PROFILES[profile]}"]
     if theirs and profile != "paper":
         parts.append(f"The paper's rows are of {theirs}; they stand here as printed and cannot be compared with.")
-    return " ".join([*parts, caption, *([HOW_MEASURED, ABOUT_INTERVALS] if models else [])])
+    about = [HOW_MEASURED, ABOUT_SEEDS, *([ABOUT_INTERVALS] if profile != "paper" else [])]
+    return " ".join([*parts, caption, *(about if models else [])])
 
 
 def measured_values(

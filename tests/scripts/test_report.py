@@ -505,3 +505,25 @@ def test_the_command_writes_the_report_of_a_results_folder(lib, make, tmp_path, 
     assert "smollm2-135m--lora--gsm8k" in Page(path.read_text(encoding="utf-8")).shown
     assert lib.make_report.main(["--results", str(tmp_path / "none")]) == 2
     assert "none must be a folder with results" in capsys.readouterr().err
+
+
+def test_both_units_of_memory_stand_in_the_head_of_measured_tables(lib, paper, make):
+    made = lib.tables.table_grid(paper, 1, [make()], profile="paper")
+    assert [head.text for head in made.heads].count("Mem. (GB; measured: GiB)") == 2
+    assert "GSM8k Mem. (GB; measured: GiB)" in lib.render.render(made, "csv")
+    ablation = lib.tables.ablation_grid(paper, "residual", [], profile="paper")
+    assert [head.text for head in ablation.heads].count("Mem. (GB; measured: GiB)") == 3
+    assert "GiB" not in lib.render.render(lib.tables.table_grid(paper, 1, [], profile="paper"), "md")
+
+
+def test_an_interval_of_nothing_is_explained_where_intervals_are(lib, paper, make):
+    small, full = (
+        lib.tables.table_grid(paper, 1, [make(**changes)], profile=profile).caption
+        for profile, changes in (("small", SMALL), ("paper", {}))
+    )
+    assert "a bootstrap cannot say how wide it is" in small
+    assert "bootstrap" not in full and "± is the deviation over n seeds" in full
+
+
+def test_captions_are_the_papers(lib, paper):
+    assert paper.tables[10].caption.endswith("with proportions 0.0, 0.6, 1.2, and 1.8%.")

@@ -253,9 +253,13 @@ def test_an_interrupt_of_the_waiting_thread_ends_its_process(tmp_path: Path) -> 
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        Processes().run([sys.executable, "-c", code], log=tmp_path / "log", environment={}, folder=tmp_path)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Processes().run([sys.executable, "-c", code], log=tmp_path / "log", environment={}, folder=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not Path(f"/proc/{pid.read_text()}").exists()
 
 

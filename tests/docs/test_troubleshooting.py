@@ -9,7 +9,7 @@ import pytest
 from tests.docs.blocks import ROOT
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-QUOTES = [quote for _, quote in re.findall(r"^\| (`+)(.+?)\1 \|", PAGE, re.M)]
+QUOTES = [quote.strip() for _, quote in re.findall(r"^\| (`+)(.+?)\1 \|", PAGE, re.M)]
 GAP = "\0"  # what stands for an inserted value
 # Nobody meets these through public names, or they carry another error's text.
 INTERNAL = {

@@ -2,7 +2,8 @@
 
 import argparse
 import json
-import shutil
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -40,11 +41,16 @@ PRESETS_HELP = """The presets: what each one does in the places where the method
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0 done, 1 `doctor` found a problem, 2 unusable input, 130 interrupted."""
+    """Return the exit code: 0 done, 1 `doctor` found a problem, 2 unusable input, 130 interrupted, 141 cut off."""
     args = build_parser().parse_args(argv)
     command: Command = args.run
     try:
-        return command(args) or 0
+        code = command(args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has seen enough; what Python flushes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -163,15 +169,23 @@ def init(args: argparse.Namespace) -> None:
     package = Path(__file__).parent
     source = next(place for place in (package / "templates", package.parents[1] / "yaml_configs") if place.is_dir())
     files = sorted(source.glob("*.yaml"))
-    there = [file.name for file in files if (args.folder / file.name).exists()]
+    there = [file.name for file in files if os.path.lexists(args.folder / file.name)]  # a broken link is a file too
     if there:
         raise ValueError(f"{args.folder} has {', '.join(there)} already. Name another folder, or remove them.")
     if args.folder.exists() and not args.folder.is_dir():
         raise ValueError(f"DIR must be a folder, got the file {args.folder}. Name another one.")
     args.folder.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        shutil.copyfile(file, args.folder / file.name)
-        print(args.folder / file.name)
+    made: list[Path] = []
+    try:
+        for file in files:
+            with (args.folder / file.name).open("xb") as copy:
+                made.append(args.folder / file.name)
+                copy.write(file.read_bytes())
+    except OSError:
+        for path in made:
+            path.unlink()
+        raise
+    print(*made, sep="\n")
 
 
 def add_presets(commands: Any) -> None:  # Any: argparse's own type is private

@@ -113,13 +113,17 @@ def _bitsandbytes() -> Finding:
     if version is None:
         fix = 'Run `pip install "crosslore[bnb]"` for 8-bit moments; without it they are fp32.'
         return Finding(name=name, level="warning", text="not installed", fix=fix)
-    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    values = torch.linspace(-1, 1, 4096, device=device)
-    back = dequantize_blockwise(*quantize_blockwise(values))
+    fix = "Run `pip install -U bitsandbytes`, or train with optim: adamw_torch."
+    try:
+        from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+
+        values = torch.linspace(-1, 1, 4096, device=device)
+        back = dequantize_blockwise(*quantize_blockwise(values))
+    except Exception as error:  # whatever its native library meets
+        text = f"{version} does not work on {device}: {type(error).__name__}: {error}"
+        return Finding(name=name, level="problem", text=text, fix=fix)
     if float((back - values).abs().max()) > 0.1:
-        fix = "Run `pip install -U bitsandbytes`, or train with optim: adamw_torch."
         return Finding(name=name, level="problem", text=f"{version} gives wrong values on {device}", fix=fix)
     return Finding(name=name, level="ok", text=f"{version}, works on {device}")
 

@@ -35,6 +35,19 @@ def test_a_missing_rate_and_unknown_options_are_named() -> None:
         build(layers(), {"name": "crosslore", "lr": 1e-6, "rnak": 4})
 
 
+def test_a_whole_number_in_quotes_is_one() -> None:
+    config = {"name": "crosslore", "lr": "1e-6", "rank": "4", "gradients": "compact", "accumulation_steps": "2"}
+    optimizer = build(layers(), config)
+    assert optimizer.param_groups[0]["rank"] == 4 and optimizer.compact.accumulation_steps == 2
+
+
+def test_two_names_of_an_option_and_a_model_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"two names of one option, `alpha` \(16\) and `scale` \(2\). Remove one"):
+        build(layers(), {"name": "crosslore", "lr": 1e-6, "rank": 4, "alpha": 16, "scale": 2})
+    with pytest.raises(TypeError, match="has no option `model`"):
+        build(layers(), {"name": "crosslore", "lr": 1e-6, "rank": 4, "model": "other"})
+
+
 def test_the_plugin_is_registered_when_its_module_is_imported() -> None:
     where = "llamafactory.v1.plugins.trainer_plugins.optimizer"
     code = f"from {where} import OptimizerPlugin as plugin; print(plugin('crosslore')['__call__'])"

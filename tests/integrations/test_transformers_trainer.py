@@ -139,3 +139,43 @@ def test_loss_scaling_with_layerwise_is_refused(tmp_path: Path) -> None:
     args.fp16 = True
     with pytest.raises(ValueError, match="fp16 must be False for gradients='layerwise'"):
         trainer_optimizer(args, layerwise=True)
+
+
+@pytest.mark.parametrize(("name", "what"), [("deepspeed", "DeepSpeed ZeRO"), ("fsdp", "FSDP")])
+def test_sharding_is_refused_by_name(name: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args, plain = arguments(tmp_path), arguments(tmp_path)
+    setattr(args, name, "zero.json")
+    with pytest.raises(ValueError, match=f"{what} does not work with crosslore: .*Remove `{name}`"):
+        trainer_optimizer(args)
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(ValueError, match=f"{what} does not work"):
+        trainer_optimizer(plain)
+
+
+def test_a_batch_over_several_gpus_needs_whole_gradients(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    assert args.n_gpu <= 1
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="gradients must be 'full' .*got 'compact' and 2 GPUs"):
+        trainer_optimizer(args, gradients="compact")
+    assert trainer_optimizer(args)[1]["preset"] == "crosslore"
+
+
+def test_a_transformers_without_factories_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(transformers.trainer, "is_optimizer_factory")
+    with pytest.raises(RuntimeError, match="needs a transformers whose Trainer gives its model .*pip install -U"):
+        trainer_optimizer(arguments(tmp_path))
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("norm", [0.0, 0.3])
+def test_the_last_window_of_an_epoch_may_be_short(gradients: str, norm: float, tmp_path: Path) -> None:
+    """Five batches, two a step: the third step of an epoch has one."""
+    options = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2, "max_grad_norm": norm}
+    args = arguments(tmp_path, **options)
+    choice = trainer_optimizer(args, "crosslore_plus", gradients=gradients, **OPTIONS)
+    trainer = transformers.Trainer(model(), args, train_dataset=rows(10), optimizer_cls_and_kwargs=choice)
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    steps = {int(state["step"]) for state in optimizer.state.values()}
+    assert len(log(trainer)) == 6 and steps == {6}

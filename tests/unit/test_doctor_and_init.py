@@ -1,6 +1,8 @@
 """`crosslore doctor` and `crosslore init`: a line for each part, its fix, an exit code; nothing is replaced."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,20 @@ def test_the_hook_that_is_switched_off_is_a_warning(monkeypatch: pytest.MonkeyPa
     assert doctor._hook().level == "warning" and "Unset" in doctor._hook().fix
 
 
+def test_a_bitsandbytes_that_does_not_load_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda package: "0.1")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)  # importing it raises
+    found = doctor._bitsandbytes()
+    assert found.level == "problem" and "0.1 does not work on" in found.text and "Error" in found.text
+    assert "pip install -U bitsandbytes" in found.fix and "adamw_torch" in found.fix
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    words = f"{sys.executable} -m crosslore.cli presets --json | head -c 10; exit ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=300)
+    assert found.returncode in (0, 141) and "error" not in found.stderr.lower() and found.stdout.startswith("{")
+
+
 # crosslore init
 
 
@@ -71,3 +87,25 @@ def test_init_copies_the_configurations_and_replaces_none(tmp_path: Path, capsys
     assert "has crosslore_demo.yaml" in capsys.readouterr().err
     assert (folder / "crosslore_e2e.yaml").read_text(encoding="utf-8") == "mine"
     assert main(["init", str(folder / "crosslore_e2e.yaml")]) == 2
+
+
+def test_init_writes_through_no_broken_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "elsewhere"
+    (tmp_path / "crosslore_e2e.yaml").symlink_to(target)
+    assert main(["init", str(tmp_path)]) == 2
+    assert "has crosslore_e2e.yaml already" in capsys.readouterr().err and not target.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["crosslore_e2e.yaml"]
+
+
+def test_init_leaves_nothing_of_a_copy_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.txt").write_text("kept", encoding="utf-8")
+    read = Path.read_bytes
+
+    def full(path: Path) -> bytes:
+        if path.name == "crosslore_gsm8k.yaml":
+            raise OSError(28, "No space left on device")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", full)
+    assert main(["init", str(tmp_path)]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

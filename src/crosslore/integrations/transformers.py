@@ -6,6 +6,7 @@
 Checkpoints, resume, accumulation, schedulers and bf16 are the Trainer's own and work as with any optimizer.
 """
 
+import os
 from typing import Any
 
 from torch import nn
@@ -41,8 +42,18 @@ def trainer_optimizer(
 
     Raises:
         TypeError: if `args` are no training arguments.
-        ValueError: if the Trainer would undo loss scaling after weights have stepped.
+        ValueError: if the Trainer would undo loss scaling after weights have stepped, or shard the weights, or split a
+            batch over several GPUs where the gradients are not whole.
+        RuntimeError: if transformers is too old to give its model to an optimizer.
     """
+    import transformers
+
+    if not hasattr(transformers.trainer, "is_optimizer_factory"):
+        raise RuntimeError(
+            f"trainer_optimizer needs a transformers whose Trainer gives its model to the optimizer, got "
+            f"{transformers.__version__}. Run `pip install -U transformers`, or use "
+            "Trainer(optimizers=(create_optimizer(model, ...), None))."
+        )
     for name in ("learning_rate", "gradient_accumulation_steps", "max_grad_norm", "adam_beta1"):
         if not hasattr(args, name):
             raise TypeError(
@@ -64,4 +75,20 @@ def trainer_optimizer(
             f"fp16 must be False for gradients={mode!r}: the loss scaling is undone after backward, when the weights "
             "have stepped. Use bf16=True or fp32, or gradients='compact'."
         )
+    _refuse_several(args, mode)
     return OptimizerFactory, {"preset": preset, **options, **overrides}
+
+
+def _refuse_several(args: Any, mode: str) -> None:  # Any: transformers' TrainingArguments
+    """Raise a ValueError for weights in parts, and for compact or layerwise gradients of several GPUs."""
+    for name, what in (("deepspeed", "DeepSpeed ZeRO"), ("fsdp", "FSDP")):
+        if getattr(args, name, None) or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() in ("1", "true"):
+            raise ValueError(
+                f"{what} does not work with crosslore: its optimizer sees flat or sharded weights instead of matrices. "
+                f"Remove `{name}` from the training arguments and from accelerate's configuration; plain DDP works."
+            )
+    if mode in TAKING and args.n_gpu > 1:
+        raise ValueError(
+            f"gradients must be 'full' where one process uses several GPUs, got {mode!r} and {args.n_gpu} GPUs: each "
+            "would hand over the gradient of its share of a batch. Set CUDA_VISIBLE_DEVICES=0."
+        )

@@ -21,15 +21,23 @@ def build(model: nn.Module, config: Mapping[str, Any]) -> LowRankOptimizer:  # A
     """Return the optimizer of `optim_config`.
 
     Raises:
-        ValueError: without a learning rate.
+        ValueError: without a learning rate, or with two names of one option.
         TypeError, ValueError: an option is unknown or out of range; see `create_optimizer`.
     """
+    for theirs, ours in PAPER_NAMES.items():
+        if theirs in config and ours in config:
+            raise ValueError(
+                f"optim_config of crosslore has two names of one option, `{theirs}` ({config[theirs]}) and `{ours}` "
+                f"({config[ours]}). Remove one of them."
+            )
     options = {PAPER_NAMES.get(key, key): _number(value) for key, value in config.items() if key != "name"}
     if "lr" not in options:
         raise ValueError(
             "optim_config of crosslore has no `lr`: LLaMA-Factory v1 does not pass its learning_rate to an optimizer. "
             "Write optim_config: {name: crosslore, lr: 1.0e-6, ...}."
         )
+    if "model" in options:
+        raise TypeError("optim_config of crosslore has no option `model`: it trains the one of the run. Remove it.")
     return create_optimizer(model, options.pop("preset", "crosslore"), **options)
 
 
@@ -37,10 +45,12 @@ def _number(value: Any) -> Any:  # Any: what YAML holds
     """Return a text that is a number as one: YAML reads 1e-6 as a text."""
     if not isinstance(value, str):
         return tuple(value) if isinstance(value, list) else value
-    try:
-        return float(value)
-    except ValueError:
-        return value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
 
 
 def register(module: Any) -> None:

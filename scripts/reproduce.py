@@ -24,7 +24,7 @@ from reproduction.cell_run import CellFailed, Setup
 from reproduction.cells import Experiment
 from reproduction.experiments import experiments
 from reproduction.memory_need import memory_lines
-from reproduction.outputs import write_outputs
+from reproduction.outputs import of_other_settings, write_outputs
 from reproduction.paper import load_paper
 from reproduction.probe import speed_factor
 from reproduction.processes import FolderBusy, Processes, only_one
@@ -126,9 +126,16 @@ def _reproduce(options: argparse.Namespace) -> int:
         if not options.dry_run:
             results = all_results(setup)
             for path in write_outputs(
-                load_paper(), results, setup.results, profile=options.profile, targets=options.targets
+                load_paper(),
+                results,
+                setup.results,
+                profile=options.profile,
+                targets=options.targets,
+                seeds=options.seeds,
             ):
                 print(path)
+            for line in of_other_settings(results, setup.results, profile=options.profile, seeds=options.seeds):
+                print(line, file=sys.stderr)
     return 1 if failed else 0
 
 

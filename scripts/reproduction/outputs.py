@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from reproduction.cells import TUNING
+from reproduction.configs import config_hash, training_config
 from reproduction.experiments import experiments
 from reproduction.figures import draw, save
 from reproduction.panels import Sources
@@ -11,13 +13,16 @@ from reproduction.render import render
 from reproduction.report import write_report
 from reproduction.results import Result, write_whole
 from reproduction.tables import ablation_grid, table_grid
+from reproduction.tuning import TuningError, with_lr
 
 BENCHMARKS = Path(__file__).parents[2] / "results" / "benchmarks"
+# Names in a line.
+SHOWN = 5
 SUFFIXES = {"md": "md", "csv": "csv", "latex": "tex"}
 
 
 def write_outputs(
-    paper: Paper, results: Sequence[Result], folder: Path, *, profile: str, targets: Sequence[str]
+    paper: Paper, results: Sequence[Result], folder: Path, *, profile: str, targets: Sequence[str], seeds: int | None
 ) -> Iterator[Path]:
     """Yield the files that are written for some targets, the report of the whole profile last.
 
@@ -27,8 +32,9 @@ def write_outputs(
         folder: the results folder; tables and figures go into `<folder>/<profile>/`.
         profile: "paper", "small" or "smoke".
         targets: names as of `experiments`.
+        seeds: how many there should be, as of `experiments`.
     """
-    planned = experiments("all", profile=profile)
+    planned = experiments("all", profile=profile, seeds=seeds)
     target_folder = folder / f"report-{profile}"
     target_folder.mkdir(parents=True, exist_ok=True)
     names = dict.fromkeys(name for target in targets for name in _parts(target, paper, profile))
@@ -49,6 +55,25 @@ def write_outputs(
         folder / f"report-{profile}.html", paper=paper, results=results, folder=folder, profile=profile,
         planned=planned, benchmarks=BENCHMARKS,
     )  # fmt: skip
+
+
+def of_other_settings(results: Sequence[Result], folder: Path, *, profile: str, seeds: int | None) -> list[str]:
+    """Return a line that names the results whose cells would be trained or scored otherwise now; none if all fit."""
+    there, names = {result.experiment: result for result in results}, []
+    for cell in experiments("all", profile=profile, seeds=seeds):
+        result = there.get(cell.identity)
+        if result is None:
+            continue
+        try:
+            known = cell if cell.table == TUNING else with_lr(cell, folder)
+        except TuningError:
+            continue  # no rate is chosen now: nothing to hold it against
+        config = training_config(known, model="", data="", output="")
+        if config_hash(config, exp=known) != result.config_hash:
+            names.append(f"{cell.table}/{cell.name}")
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    line = f"{len(names)} results are of other settings than the profile's now, and stand in tables all the same"
+    return [f"{line}: {', '.join(names[:SHOWN])}{more}. Run their targets again, or remove them."] if names else []
 
 
 def _parts(target: str, paper: Paper, profile: str) -> list[str]:

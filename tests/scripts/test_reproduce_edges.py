@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import reproduce
-from reproduction import cell_run, facts, needs, probe, runner, selection
+from reproduction import cell_run, facts, needs, outputs, probe, runner, selection
 from reproduction.cells import Experiment
 from reproduction.experiments import experiments
 from reproduction.processes import Processes
@@ -156,6 +156,29 @@ def test_results_of_another_model_are_said(tmp_path: Path) -> None:
     assert runner.of_other_models([cell], place) == []
     (line,) = runner.of_other_models([cell], setup(tmp_path, "/models/other"))
     assert "1 results that are there were trained from SmolLM2-135M-Instruct, now other is given" in line
+
+
+def test_results_of_other_settings_are_said_when_tables_are_written(tmp_path: Path) -> None:
+    place, (first, second, *_) = setup(tmp_path), small("tuning")
+    write(place, first)
+    write(place, second, config_hash="0" * 16)
+    results = runner.all_results(place)
+    (line,) = outputs.of_other_settings(results, place.results, profile="small", seeds=None)
+    assert "1 results are of other settings than the profile's now, and stand in tables all the same" in line
+    assert line.endswith(f": tuning/{second.name}. Run their targets again, or remove them.")
+    fitting = [result for result in results if result.experiment == first.identity]
+    assert outputs.of_other_settings(fitting, place.results, profile="small", seeds=None) == []
+
+
+def test_seeds_that_were_asked_for_and_not_run_are_said(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    found = run(tmp_path, *SMOKE, "--seeds", "2", STAND_IN_FAILS="seed: 2", STAND_IN_WORDS="ValueError: no")
+    table = tmp_path / "results" / "report-smoke" / "table1.md"
+    assert "(n = 1, 1 failed)" in table.read_text(encoding="utf-8"), found.stderr
+    next((tmp_path / "results" / "table1").glob("*--s2.json")).unlink()
+    again = [*SMOKE[:3], "--only", "method=lora,dataset=mawps,rank=4,seed=1", "--seeds", "2"]
+    assert run(tmp_path, *again).returncode == 0
+    assert "(n = 1, 1 not run)" in table.read_text(encoding="utf-8")
 
 
 # A cell

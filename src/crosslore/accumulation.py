@@ -1,6 +1,7 @@
 """What the micro-batches of a step leave behind: compact gradients, and gradients at the kept positions."""
 
 import math
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -17,6 +18,21 @@ def norm_of(tensor: Tensor) -> float:
     if math.isfinite(norm) or not bool(tensor.isfinite().all()):
         return norm
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))  # the squares of large entries overflow
+
+
+def norms_of(tensors: list[Tensor]) -> list[float]:
+    """Return the norm of each; one transfer from each device in all."""
+    if len(tensors) == 1:
+        return [norm_of(tensors[0])]
+    found: dict[int, float] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for i, tensor in enumerate(tensors):
+        alike[tensor.device, tensor.dtype].append(i)
+    for (_, dtype), those in alike.items():
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        norms = torch._foreach_norm([tensors[i] for i in those], 2, dtype=wide)
+        found |= zip(those, torch.stack(norms).tolist(), strict=True)
+    return [found[i] if math.isfinite(found[i]) else norm_of(tensor) for i, tensor in enumerate(tensors)]
 
 
 def keep_compact_parts(pending: Pending) -> None:

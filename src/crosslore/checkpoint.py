@@ -1,7 +1,7 @@
 """Loading a state: is it of this optimizer, and do its tensors keep their dtypes."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 Groups = list[dict[str, Any]]  # Any: torch's own dicts of plain values
 
 
-def check_same_structure(current: Groups, saved: Groups, *, names: Callable[[int], list[str]]) -> None:
+def check_same_structure(current: Groups, saved: Groups, *, names: Callable[[int], Sequence[str]]) -> None:
     """Compare the ranks, sides and spans of a checkpoint with those of the optimizer that loads it.
 
     Options that may differ (scale, seed, ...) are taken from the checkpoint, as torch.optim does; a warning names

@@ -17,17 +17,14 @@ from torch import Tensor
 from crosslore.accumulation import add_gradient_, keep_compact_parts, norm_of, scale_
 from crosslore.checks import check_limits, refuse_several_processes
 from crosslore.hooks import GradientHook, refuse_other_layerwise
-from crosslore.step import method_of
+from crosslore.items import Item, advance, steps_done
 from crosslore.stepping import (
-    Item,
     Pending,
-    advance,
     begin,
     finish,
     full_precision,
     full_step,
     needs_whole_gradient,
-    steps_done,
     wait,
 )
 
@@ -107,7 +104,7 @@ class Layerwise:
 
     def _collect(self, weight: Tensor) -> None:
         """Turn the gradient of a low-rank weight into compact parts; one at full rank stays in `.grad`."""
-        grad, item = weight.grad, self.optimizer.item(*self.optimizer.place(weight))
+        grad, item = weight.grad, self.optimizer.items.of(weight)
         assert grad is not None
         if grad.is_sparse:
             raise RuntimeError("sparse gradients are not supported. Use nn.Embedding(sparse=False).")
@@ -128,7 +125,7 @@ class Layerwise:
 
     def _begin(self, item: Item, grad: Tensor, norm: float) -> list[Pending]:
         """Return the blocks of the first micro-batch; of several, only the compact parts live on."""
-        whole = any(needs_whole_gradient(method_of(item.config, block)) for block in item.blocks)
+        whole = any(map(needs_whole_gradient, item.methods))
         if whole and self.max_grad_norm is not None:
             grad.mul_(self._clip_factor(norm))
         t = steps_done(item.state) + 1
@@ -142,7 +139,7 @@ class Layerwise:
 
     def _flush(self, weight: Tensor) -> None:
         """Step one weight with what was collected, and forget it."""
-        item = self.optimizer.item(*self.optimizer.place(weight))
+        item = self.optimizer.items.of(weight)
         self.warn_of_second_step(weight, item.name)
         held, grad = self._collected.pop(weight, None), weight.grad
         self._counts.pop(weight, None)
@@ -187,9 +184,22 @@ class Layerwise:
                 scale_(pending, factor)
             finish(pending)
 
+    @property
+    def clips_by_own_norm(self) -> bool:
+        """Whether a weight's gradient is limited by its own norm, which must then be known first."""
+        return self.max_grad_norm is not None and self.clip == "weight"
+
     def take_norm(self, norm: float) -> float:
         """Enter a weight's norm into the books; return what clipping multiplies its gradient by."""
+        self.enter_norm(norm)
+        return self.clip_factor(norm)
+
+    def enter_norm(self, norm: float) -> None:
+        """Enter a weight's norm into the books."""
         self._squares.append(norm * norm)
+
+    def clip_factor(self, norm: float = 0.0) -> float:
+        """Return what clipping multiplies a weight's gradient by; its norm matters if `clips_by_own_norm`."""
         return self._clip_factor(norm) if self.max_grad_norm is not None else 1.0
 
     def _clip_factor(self, norm: float) -> float:

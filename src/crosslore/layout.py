@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Side = Literal["left", "right"]
@@ -63,13 +64,18 @@ class MatrixLayout:
 
     def add_product_(self, weight: Tensor, a: Tensor, b: Tensor, *, alpha: float, beta: float) -> None:
         """Set weight <- beta * weight + alpha * A B^T in one pass; A and B as `factors` returns them."""
-        a, b = a.to(weight.dtype), b.to(weight.dtype)
+        a, b = as_dtype(a, weight.dtype), as_dtype(b, weight.dtype)
         if not self.batch:
             weight.addmm_(a, b.mT, alpha=alpha, beta=beta)
         elif len(self.batch) == 1:
             weight.baddbmm_(a, b.mT, alpha=alpha, beta=beta)
         else:
             weight.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.mT.flatten(0, -3), alpha=alpha, beta=beta)
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `tensor.to(dtype)`; asking first is ten times faster where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def shorter_side(rows: int, cols: int, *, square: Side = "right") -> Side:
@@ -144,7 +150,7 @@ class Block:
 
     def put_(self, weight: Tensor, matrix: Tensor) -> None:
         """Write back what `take` returned, if that was a copy."""
-        if matrix.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
+        if matrix is weight or matrix.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
             return
         whole = weight.mT if self.transposed else weight
         if self.span is not None:

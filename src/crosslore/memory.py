@@ -21,10 +21,10 @@ import math
 import torch
 
 from crosslore.config import LowRankConfig
+from crosslore.items import Item
 from crosslore.layout import Block
 from crosslore.optimizer import LowRankOptimizer
 from crosslore.rules.adamw8bit import BLOCK_SIZE, MIN_8BIT_SIZE
-from crosslore.stepping import Item
 
 
 def state_bytes(optimizer: LowRankOptimizer) -> int:

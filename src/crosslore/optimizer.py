@@ -1,8 +1,8 @@
 """The optimizer: groups of plain values, state of tensors, one step function per weight."""
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,15 +14,14 @@ from crosslore.checkpoint import check_same_structure, restore_dtypes
 from crosslore.compact.gradients import CompactGradients
 from crosslore.compact.scaler import finish_unscaled
 from crosslore.config import LowRankConfig, check_hyper
-from crosslore.groups import default_blocks, hyper_of, plain, refuse_misspelt, refuse_structural_change
+from crosslore.groups import default_blocks, plain, refuse_misspelt
+from crosslore.items import Item, Items
 from crosslore.layerwise import Layerwise
-from crosslore.layout import Block, stagger_
+from crosslore.layout import stagger_
 from crosslore.observing import Observer
-from crosslore.stepping import Item, complete_state_, full_precision, step_items
+from crosslore.stepping import complete_state_, full_precision, step_items
 
 logger = logging.getLogger(__name__)
-
-CONFIG_NAMES = tuple(f.name for f in fields(LowRankConfig))
 
 
 class LowRankOptimizer(Optimizer):
@@ -80,7 +79,7 @@ class LowRankOptimizer(Optimizer):
         self.compact: CompactGradients | None = None
         self.foreach, self.compile = foreach, compile
         self.observers: list[Observer] = []  # internal: see crosslore.observing
-        self._forget()
+        self.items = Items(self)  # internal
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, **asdict(config or LowRankConfig())})
         if config is not None and not any(any(group["blocks"]) for group in self.param_groups):
@@ -98,7 +97,7 @@ class LowRankOptimizer(Optimizer):
                 raise ValueError("complex weights are not supported. Use torch.view_as_real for them.")
             config = LowRankConfig.from_group(group)
             if "blocks" not in group:
-                names = self._names(len(self.param_groups) - 1)
+                names = self.items.names(len(self.param_groups) - 1)
                 shapes = zip(names, group["params"], strict=True)
                 group["blocks"] = [default_blocks(n, p, config) if low_rank else [] for n, p in shapes]
             if config.refresh_stagger:
@@ -121,16 +120,10 @@ class LowRankOptimizer(Optimizer):
         modes: dict[str, object] = dict.fromkeys(("layerwise", "compact", "foreach"))
         added = modes | {"compile": False, "nonfinite_skips": {}, "observers": []}
         self.__dict__.update({name: value for name, value in added.items() if name not in self.__dict__})
-        self._forget()
+        self.items = Items(self)
         for group in self.param_groups:  # a checkpoint of an older version lacks newer options
             for key, value in asdict(LowRankConfig()).items():
                 group.setdefault(key, value)
-
-    def _forget(self) -> None:
-        """Drop what is derived from the groups."""
-        self._plans: dict[int, tuple[object, list[list[Block]]]] = {}
-        self._configs: dict[int, tuple[tuple[object, ...], LowRankConfig]] = {}
-        self._places: dict[int, tuple[int, int]] = {}
 
     def __repr__(self) -> str:
         """Return one line per group: what it holds and its main options."""
@@ -175,7 +168,7 @@ class LowRankOptimizer(Optimizer):
         Raises:
             KeyError: if the weight is not in a group of this optimizer.
         """
-        g, i = self.place(weight)
+        g, i = self.items.place(weight)
         if weight.grad is not None and weight.numel() > 0:
             self._step([(g, i, weight)])
 
@@ -204,18 +197,7 @@ class LowRankOptimizer(Optimizer):
 
     def item(self, g: int, i: int) -> Item:
         """Return weight i of group g with its options and state, ready to be stepped."""
-        group = self.param_groups[g]
-        weight = group["params"][i]
-        return Item(
-            weight=weight,
-            state=self.state[weight],
-            blocks=self._plan(g)[i],
-            config=self._config(g),
-            hp=hyper_of(group),
-            name=self._names(g)[i],
-            group=g,
-            observers=self.observers,
-        )
+        return self.items.get(g, i)
 
     def merge(self) -> None:
         """Put what deferred weights have pending into them; called before a state is saved or loaded."""
@@ -237,7 +219,7 @@ class LowRankOptimizer(Optimizer):
         seen: list[dict[str, Any]] = []
         capture = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.append(loaded))  # after others' hooks
         try:
-            check_same_structure(self.param_groups, state_dict["param_groups"], names=self._names)
+            check_same_structure(self.param_groups, state_dict["param_groups"], names=self.items.names)
             super().load_state_dict(state_dict)
         finally:
             capture.remove()
@@ -248,41 +230,6 @@ class LowRankOptimizer(Optimizer):
         for mode in (self.layerwise, self.compact):
             if mode is not None:
                 mode.forget(state_changed=True)
-
-    def _config(self, g: int) -> LowRankConfig:
-        """Return the choices of group g; built anew only when one of its plain values has changed."""
-        group = self.param_groups[g]
-        values = tuple(group[name] for name in CONFIG_NAMES)
-        if g not in self._configs or self._configs[g][0] != values:
-            config = LowRankConfig.from_group(group)
-            if g in self._configs and any(group["blocks"]):
-                refuse_structural_change(self._configs[g][1], config)
-            self._configs[g] = values, config
-        return self._configs[g][1]
-
-    def place(self, weight: Tensor) -> tuple[int, int]:
-        """Return the group of a weight and its index there."""
-        found = self._places.get(id(weight))
-        groups_now = self.param_groups
-        if found is None or found[0] >= len(groups_now) or groups_now[found[0]]["params"][found[1]] is not weight:
-            groups = enumerate(self.param_groups)
-            self._places = {id(p): (g, i) for g, group in groups for i, p in enumerate(group["params"])}
-        if id(weight) not in self._places:
-            raise KeyError(f"a weight of shape {tuple(weight.shape)} is in no group of this optimizer. Add it first.")
-        return self._places[id(weight)]
-
-    def _names(self, g: int) -> list[str]:
-        group = self.param_groups[g]
-        names: Iterable[str] = group.get("param_names") or (f"group{g}.{i}" for i in range(len(group["params"])))
-        return list(names)
-
-    def _plan(self, g: int) -> list[list[Block]]:
-        """Return the blocks of group g's weights, rebuilt from plain values once."""
-        plain_blocks = self.param_groups[g]["blocks"]
-        if g not in self._plans or self._plans[g][0] is not plain_blocks:  # a user may remove groups
-            self._plans[g] = plain_blocks, [[Block.from_plain(b) for b in blocks] for blocks in plain_blocks]
-            self._configs.pop(g, None)
-        return self._plans[g][1]
 
     def count_skips(self, names: list[str]) -> None:
         """Count the skipped weights; warn at the first time only."""

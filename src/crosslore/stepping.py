@@ -1,9 +1,10 @@
 """From a weight with its gradient to the step of its blocks: the loop path and the foreach path."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, takewhile
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -11,47 +12,40 @@ import torch
 from torch import Tensor
 
 from crosslore.compiled import compiled_step, step_numbers, suits
-from crosslore.config import Hyper, LowRankConfig
+from crosslore.config import Hyper
 from crosslore.groups import largest_of_each
+from crosslore.items import Item, advance, block_state, draw_name, steps_done, write_back
 from crosslore.layout import Block
-from crosslore.observing import Observer, all_refreshing
+from crosslore.observing import all_refreshing
 from crosslore.registry import build_rule
 from crosslore.residuals.base import StepContext
-from crosslore.step import Method, apply_update_, compact_gradient, fullrank_step, init_state, method_of
+from crosslore.step import Method, apply_update_, compact_gradient, fullrank_step, init_state
 
 if TYPE_CHECKING:
     from crosslore.compact.factors import GradientFactors
 
-State = dict[str, Tensor]
+
+# Entries of compact gradients that a rule takes at once: updates of so many are alive together; on a CPU they should
+# be in its cache still when they are applied.
+AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 25}
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
+class full_precision(ContextDecorator):  # noqa: N801  # as torch.no_grad
     """Switch the caller's autocast off: the products of a step are as precise as its tensors."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
 
+    def __enter__(self) -> None:
+        """Switch off what is on; asking is cheaper than switching off what is off."""
+        self._off = ExitStack()
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                self._off.enter_context(torch.autocast(device, enabled=False))
 
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """One weight, what its group says about it, and its state."""
+    def __exit__(self, *_: object) -> None:
+        """Switch it on again."""
+        self._off.close()
 
-    weight: Tensor
-    state: State
-    blocks: list[Block]
-    config: LowRankConfig
-    hp: Hyper
-    name: str
-    # Index of its group: items of one group share their options.
-    group: int
-    # Who looks on; see crosslore.observing.
-    observers: Sequence[Observer] = ()
-
-    def due_next(self) -> bool:
-        """Return whether the next step fits a basis to the gradient."""
-        t = steps_done(self.state) + 1
-        methods = (method_of(self.config, block) for block in self.blocks)
-        return any(method.projector.fitted and method.refresh.due(t) for method in methods)
+    def _recreate_cm(self) -> "full_precision":
+        return full_precision()  # each call of a decorated function has its own
 
 
 @dataclass
@@ -139,14 +133,14 @@ def compact_tells(item: Item) -> bool:
     if not item.blocks or "step" not in item.state:  # a skipped first step leaves no state at all
         return False
     t = steps_done(item.state) + 1
-    return t > 1 and all(method_of(item.config, block).ordinary(t) for block in item.blocks)
+    return t > 1 and all(method.ordinary(t) for method in item.methods)
 
 
 def step_compiled(item: Item, grad: Tensor) -> bool:
     """Do an ordinary step of every block by the compiled graph; return False, with nothing done, if one is not."""
     t = steps_done(item.state) + 1
-    methods = [method_of(item.config, block) for block in item.blocks]
-    if not all(suits(method, item.hp, block.take(grad), t) for method, block in zip(methods, item.blocks, strict=True)):
+    pairs = zip(item.methods, item.blocks, strict=True)
+    if not all(suits(method, item.hp, block.take(grad), t) for method, block in pairs):
         return False
     advance(item.state)
     numbers = step_numbers(item.hp, t, item.config.eps_placement, grad.device)
@@ -167,8 +161,7 @@ def begin(item: Item, grad: Tensor, *, may_refresh: bool = True) -> Iterator[Pen
         may_refresh: False keeps basis and moments even if a refresh is due, because this step has done it already.
     """
     t = steps_done(item.state) + 1
-    for block in item.blocks:
-        method = method_of(item.config, block)
+    for block, method in zip(item.blocks, item.methods, strict=True):
         matrix, part = block.take(grad), block_state(item.state, block.key)
         # Of a fused weight one part may be all zero; asked at a refresh only.
         asked = block.span is not None and method.projector.fitted and method.refresh.due(t)
@@ -202,28 +195,38 @@ def finish(pending: Pending, update: Tensor | None = None) -> None:
 
 
 def finish_many(pendings: list[Pending], apply: Callable[[Pending, Tensor], None] = finish) -> None:
-    """Do the same for many blocks of one group, the rule on all of them at once."""
+    """Do the same for many blocks of one group, the rule on as many of them at once as `AT_ONCE` allows."""
     rule, hp = pendings[0].method.rule, pendings[0].ctx.hp
-    contexts = [pending.ctx for pending in pendings]
-    ages = [ctx.age for ctx in contexts]
-    updates = rule.update_many([ctx.low for ctx in contexts], [ctx.state for ctx in contexts], ages, hp)
-    for pending, update in zip(pendings, updates, strict=True):
-        apply(pending, update)
+    limit = AT_ONCE.get(pendings[0].ctx.low.device.type, AT_ONCE["cpu"])
+    while pendings:
+        entries = accumulate(pending.ctx.low.numel() for pending in pendings)
+        count = max(1, sum(1 for _ in takewhile(lambda total: total <= limit, entries)))
+        some, pendings = pendings[:count], pendings[count:]
+        contexts = [pending.ctx for pending in some]
+        ages = [ctx.age for ctx in contexts]
+        updates = rule.update_many([ctx.low for ctx in contexts], [ctx.state for ctx in contexts], ages, hp)
+        for pending, update in zip(some, updates, strict=True):
+            apply(pending, update)
 
 
 def full_step(item: Item, grad: Tensor) -> None:
     """Do one step of a weight at full rank."""
     t = advance(item.state)
     rule = build_rule(item.config.rule, eps_placement=item.config.eps_placement)
-    fullrank_step(item.weight, grad, item.state, rule, Hyper(**{**asdict(item.hp), "scale": 1.0}), t, name=item.name)
+    fullrank_step(item.weight, grad, item.state, rule, hyper_of_full_rank(item), t, name=item.name)
+
+
+def hyper_of_full_rank(item: Item) -> Hyper:
+    """Return the numbers of a step at full rank, which `scale` does not concern."""
+    return replace(item.hp, scale=1.0)
 
 
 def wait(item: Item, grad: Tensor) -> None:
     """Decay a weight whose basis is due but whose gradient is zero; its state is allocated, its step stays."""
     item.weight.mul_(item.hp.weight_factor)
-    for block in item.blocks:
+    for block, method in zip(item.blocks, item.methods, strict=True):
         if not block_state(item.state, block.key):
-            fresh = init_state(block.take(grad), method_of(item.config, block), block.layout)
+            fresh = init_state(block.take(grad), method, block.layout)
             write_back(item.state, block.key, fresh)
 
 
@@ -231,40 +234,11 @@ def complete_state_(item: Item) -> None:
     """Add the tensors that a checkpoint of an older version lacks, as they are before the first step."""
     if item.state.keys() <= {"step"}:
         return
-    for block in item.blocks:
-        fresh = init_state(block.take(item.weight), method_of(item.config, block), block.layout)
+    for block, method in zip(item.blocks, item.methods, strict=True):
+        fresh = init_state(block.take(item.weight), method, block.layout)
         write_back(item.state, block.key, fresh | block_state(item.state, block.key))
 
 
 def needs_whole_gradient(method: Method) -> bool:
     """Return whether the method cannot do with compact parts of a gradient."""
     return method.residual is not None and method.residual.needs_whole_gradient
-
-
-def block_state(state: State, key: str) -> State:
-    """Return a block's own tensors, without the prefix of their keys."""
-    return {k.removeprefix(key): v for k, v in state.items() if k.startswith(key) and k != "step"}
-
-
-def write_back(state: State, key: str, part: State) -> None:
-    """Put a block's tensors into the weight's state."""
-    state.update({f"{key}{k}": v for k, v in part.items()})
-
-
-def draw_name(name: str, key: str) -> str:
-    """Return the name that seeds a block's draws: a part of a fused weight is named as a separate one would be."""
-    return f"{name.rsplit('.', 2)[0]}.{key}weight" if key else name
-
-
-def steps_done(state: State) -> int:
-    """Return the steps of a weight so far; the counter lives on the CPU, so reading it asks no device."""
-    if "step" not in state:
-        state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
-    return int(state["step"].item())
-
-
-def advance(state: State) -> int:
-    """Count one step and return its number."""
-    t = steps_done(state) + 1
-    state["step"] += 1
-    return t

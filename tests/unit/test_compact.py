@@ -99,7 +99,9 @@ def test_compact_equals_full_across_refreshes(method: str) -> None:
 @pytest.mark.parametrize("method", ["crosslore", "crosslore-no-warmup", "crosslore-select", "plus-window"])
 @pytest.mark.parametrize("parts", [2, 4])
 def test_compact_equals_full_with_accumulation(method: str, parts: int) -> None:
-    assert both(method, parts=parts, steps=20) < 1e-9
+    # The sum of four products and the product of all their tokens differ by a rounding error, which the fit of a basis
+    # multiplies by the inverse of a gap between singular values: 9e-9 on one processor, 2e-14 on another.
+    assert both(method, parts=parts, steps=20) < 1e-7
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -16,7 +16,7 @@ from crosslore.kernels import dispatch
 
 ROOT = Path(__file__).parents[2]
 NAMES = [case.__name__ for case in triton_cases.CASES]
-COMPILES = triton_cases.both_kernels_compile_to_machine_code.__name__
+COMPILES = triton_cases.all_kernels_compile_to_machine_code.__name__
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton, which runs on Linux"
@@ -70,7 +70,7 @@ def test_on_a_gpu(case: str, on_gpu: dict[str, str]) -> None:
 
 
 @needs_triton
-def test_both_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
+def test_all_kernels_compile_without_a_gpu(tmp_path: Path) -> None:
     found = outcomes("compile", TRITON_CACHE_DIR=str(tmp_path))
     assert found == {COMPILES: "passed"}, found[COMPILES]
 

@@ -242,6 +242,44 @@ def the_update_goes_where_it_is_told_even_over_the_gradient(device: str) -> None
     assert torch.equal(low, wanted)
 
 
+def named(state: list[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale"), state, strict=True))
+
+
+def many_tensors_at_once_take_the_step_of_each(device: str) -> None:
+    from crosslore.kernels.triton_adamw8bit_many import adamw8bit_update_many_
+
+    books = codebooks(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        shapes = ((8, 64), (300,), (67, 73), (1,), (0, 5), (4 * BLOCK,))
+        states = [zero_state(torch.empty(shape, device=device), books) for shape in shapes]
+        alone = [[part.clone() for part in state] for state in states]
+        options = {"code_signed": books[0], "code_unsigned": books[1], **HYPER}
+        for t in range(1, 4):
+            lows = [gradient(shape, 10 * t + i, device, dtype) for i, shape in enumerate(shapes)]
+            found = adamw8bit_update_many_(lows, [named(state) for state in states], t=t, **options)
+            for update, low, state, one in zip(found, lows, states, alone, strict=True):
+                assert torch.equal(update, fused_step_(one, low, t, books)) and update.shape == low.shape
+                assert all(torch.equal(a, b) for a, b in zip(state, one, strict=True))
+
+
+def a_whole_weight_takes_the_step_of_its_update(device: str) -> None:
+    from crosslore.kernels.triton_adamw8bit_many import adamw8bit_weight_
+
+    books = codebooks(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = gradient((67, 73), 5, device, dtype)
+        state = zero_state(weight, books)
+        twin = [part.clone() for part in state]
+        options = {"code_signed": books[0], "code_unsigned": books[1], **HYPER}
+        for t in range(1, 4):
+            grad, before = gradient((67, 73), t, device, dtype), weight.clone()
+            adamw8bit_weight_(weight, grad, named(state), t=t, weight_factor=0.9, update_factor=-0.1, **options)
+            wanted = fused_step_(twin, grad, t, books) * -0.1 + before.float() * 0.9
+            torch.testing.assert_close(weight, wanted.to(dtype))
+            assert all(torch.equal(a, b) for a, b in zip(state, twin, strict=True))
+
+
 def tensors_that_the_kernel_would_misread_are_refused(device: str) -> None:
     books, low = codebooks(device), gradient((30, 20), 1, device)
     state = zero_state(low, books)
@@ -291,23 +329,27 @@ CASES: tuple[Callable[[str], None], ...] = (
     the_smallest_scales_lose_no_code,
     every_code_survives_and_ties_go_to_the_even_code,
     the_update_goes_where_it_is_told_even_over_the_gradient,
+    many_tensors_at_once_take_the_step_of_each,
+    a_whole_weight_takes_the_step_of_its_update,
     tensors_that_the_kernel_would_misread_are_refused,
 )
 
 
-def both_kernels_compile_to_machine_code(_: str) -> None:
+def all_kernels_compile_to_machine_code(_: str) -> None:
     """The interpreter accepts what the compiler does not; this finds it without a GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from crosslore.kernels.triton_adamw8bit import _adamw8bit_kernel
+    from crosslore.kernels.triton_adamw8bit_many import _many_kernel, _weight_kernel
     from crosslore.kernels.triton_sampled import _sampled_product_kernel
 
     strides = dict.fromkeys(("a_row_stride", "a_rank_stride", "b_row_stride", "b_rank_stride"), "i64")
     sampled = {"out": "*fp32", "pairs": "i32", **strides}
     moments = {"exp_avg": "*u8", "exp_avg_sq": "*u8", "exp_avg_scale": "*fp32", "exp_avg_sq_scale": "*fp32"}
     adamw = {"update": "*fp32", "code_signed": "*fp32", "code_unsigned": "*fp32", "elements": "i32", **moments}
+    many = {"table": "*i64", "owner": "*i32", "first_block": "*i64", "code_signed": "*fp32", "code_unsigned": "*fp32"}
     for dtype, index in (("*fp32", "*i64"), ("*bf16", "*i32")):
         for kernel, types, sizes in (
             (
@@ -316,6 +358,8 @@ def both_kernels_compile_to_machine_code(_: str) -> None:
                 {"RANK": 131, "BLOCK_PAIRS": 32, "BLOCK_RANK": 64},
             ),
             (_adamw8bit_kernel, {**adamw, "low": dtype}, {"BLOCK_SIZE": BLOCK, "LOWEST_SECOND": 1}),
+            (_weight_kernel, {**adamw, "weight": dtype, "grad": dtype}, {"BLOCK_SIZE": BLOCK, "LOWEST_SECOND": 1}),
+            (_many_kernel, many, {"BF16": dtype == "*bf16", "BLOCK_SIZE": BLOCK, "LOWEST_SECOND": 1}),
         ):
             names = [name for name in kernel.arg_names if name not in sizes]
             signature = {name: types.get(name, "fp32") for name in names} | dict.fromkeys(sizes, "constexpr")
@@ -328,7 +372,7 @@ def main(device: str) -> None:
     """Run every case on `device`; print {case: "passed" or the traceback}."""
     torch.set_num_threads(1)
     outcomes = {}
-    for case in (both_kernels_compile_to_machine_code,) if device == "compile" else CASES:
+    for case in (all_kernels_compile_to_machine_code,) if device == "compile" else CASES:
         try:
             case(device)
             outcomes[case.__name__] = "passed"

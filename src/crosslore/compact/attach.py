@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from crosslore.checks import check_bool, check_choice, check_limits, refuse_several_processes
 from crosslore.compact.gradients import CompactGradients
 from crosslore.compact.layerwise import CompactLayerwise
-from crosslore.compact.linear import reason_not_compact
+from crosslore.compact.linear import reason_not_compact, refuse_other_compact
+from crosslore.compact.rows import RowStepper, rows_weights
 from crosslore.layerwise import NORM_KEY, Clip, Layerwise
 from crosslore.targets import plain_name
 
@@ -78,7 +79,7 @@ def attach_compact(
     if not layers:
         raise ValueError(f"gradients='compact' finds no layer that can be compact: {_counted(others)}. Use 'full'.")
     limits = Limits(accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, clip=clip)
-    optimizer.compact = _attached(optimizer, layers, limits, deferred=weights == "deferred", layerwise=layerwise)
+    optimizer.compact = _attached(optimizer, model, layers, limits, deferred=weights == "deferred", layerwise=layerwise)
     optimizer.compact.summary = summary(layers, others, optimizer)
     logger.info(optimizer.compact.summary)
     return optimizer.compact
@@ -93,9 +94,17 @@ class Limits(NamedTuple):
 
 
 def _attached(
-    optimizer: "LowRankOptimizer", layers: list[nn.Linear], limits: Limits, *, deferred: bool, layerwise: bool
+    optimizer: "LowRankOptimizer",
+    model: nn.Module,
+    layers: list[nn.Linear],
+    limits: Limits,
+    *,
+    deferred: bool,
+    layerwise: bool,
 ) -> CompactGradients:
     """Return the sinks of these layers and, layerwise, the hooks of all other weights beside them."""
+    in_rows = rows_weights(optimizer, model) if layerwise and limits.accumulation_steps == 1 else {}
+    refuse_other_compact(in_rows)
     compact = CompactGradients(
         optimizer,
         layers,
@@ -105,10 +114,12 @@ def _attached(
     )
     if layerwise:
         optimizer.layerwise = Layerwise(
-            optimizer, others=frozenset(id(layer.weight) for layer in layers), **limits._asdict()
+            optimizer, others=frozenset(map(id, [*(layer.weight for layer in layers), *in_rows])), **limits._asdict()
         )
         optimizer.param_groups[0].setdefault(NORM_KEY, 0.0)
         compact.layerwise = CompactLayerwise(compact, optimizer.layerwise)
+        if in_rows:
+            compact.layerwise.rows = RowStepper(optimizer, optimizer.layerwise, in_rows)
     return compact
 
 

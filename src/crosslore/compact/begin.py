@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from crosslore.compact.factors import GradientFactors
+from crosslore.items import Item, block_state, draw_name, steps_done
+from crosslore.layout import as_dtype
 from crosslore.residuals.sparse import SparseResidual, kept_positions
 from crosslore.rules.base import state_dtype
-from crosslore.step import Method, context_of, method_of
-from crosslore.stepping import Item, Pending, block_state, draw_name, shown, steps_done
+from crosslore.step import Method, context_of
+from crosslore.stepping import Pending, shown
 
 # Devices whose sums wait in the host's memory: in the first step all bases are due, and their gradients would not fit.
 PARKED = ("cuda",)
@@ -64,7 +66,7 @@ def sees_whole(item: Item) -> bool:
     if "step" not in item.state:
         return True
     t = steps_done(item.state) + 1
-    return any(_sees_whole(method_of(item.config, block), t) for block in item.blocks)
+    return any(_sees_whole(method, t) for method in item.methods)
 
 
 def _sees_whole(method: Method, t: int) -> bool:
@@ -81,12 +83,12 @@ def residual_starts_now(method: Method, t: int) -> bool:
 def begin_compact(item: Item, factors: GradientFactors) -> Iterator[Pending]:
     """Yield each block with its compact gradient of the next step; G is not formed. Lines 2-5 of Algorithm 1."""
     t = steps_done(item.state) + 1
-    for block in item.blocks:
-        method, layout, own = method_of(item.config, block), block.layout, factors.take(block)
+    for block, method in zip(item.blocks, item.methods, strict=True):
+        layout, own = block.layout, factors.take(block)
         part, name = block_state(item.state, block.key), draw_name(item.name, block.key)
         basis = method.basis(block.take(item.weight), part, layout, item.hp, t, name=name)
         low = own.project(basis, layout)  # R_t = P_t^T G_t
-        low = low.to(state_dtype(low))  # the sum of many is as precise as the moments
+        low = as_dtype(low, state_dtype(low))  # the sum of many is as precise as the moments
         ctx = context_of(None, low, basis, part, method, layout, item.hp, t, name=name)
         if isinstance(method.residual, SparseResidual) and method.residual.active(t):
             ctx.kept = own.entries(*kept_positions(part, layout))

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from crosslore.config import Hyper
+from crosslore.items import Item, write_back
 from crosslore.kernels.rounding import stochastic_round
 from crosslore.layout import MatrixLayout
 from crosslore.rules.base import state_dtype
-from crosslore.step import method_of, rounding_draws
-from crosslore.stepping import Item, Pending, finish, write_back
+from crosslore.step import rounding_draws
+from crosslore.stepping import Pending, finish
 
 # Merge as soon as c is smaller: a residual's entries are added to W_0 divided by it, and rounded there.
 SMALLEST_FACTOR = 2.0**-6
@@ -125,6 +126,8 @@ def undefer(weight: Tensor) -> None:
 
 def deferred_of(weight: Tensor) -> DeferredWeight | None:
     """Return what is pending beside a weight, None if its updates are not deferred."""
+    if not _DEFERRED.data:  # most optimizers defer nothing, and looking up costs more than asking
+        return None
     found: DeferredWeight | None = _DEFERRED.get(weight)
     return found
 
@@ -132,7 +135,7 @@ def deferred_of(weight: Tensor) -> DeferredWeight | None:
 def can_be_deferred(item: Item) -> bool:
     """Return whether the updates of a weight can be deferred: one matrix with a basis that is kept."""
     whole = len(item.blocks) == 1 and item.blocks[0].span is None
-    return whole and method_of(item.config, item.blocks[0]).projector.stored
+    return whole and item.methods[0].projector.stored
 
 
 def finish_deferred(pending: Pending, update: Tensor | None = None) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from crosslore.kernels.dispatch import sampled_product
-from crosslore.layout import Block, MatrixLayout
+from crosslore.layout import Block, MatrixLayout, as_dtype
 from crosslore.rules.base import state_dtype
 
 # Entries of a product that are alive at once while a norm is computed; 4 MiB in fp32.
@@ -29,7 +29,7 @@ class GradientFactors:
     def of(cls, grad_output: Tensor, x: Tensor) -> "GradientFactors":
         """Return the factors of a layer's output gradient and input, any leading dimensions."""
         outputs = grad_output.reshape(-1, grad_output.shape[-1])
-        return cls(outputs=outputs, inputs=x.reshape(-1, x.shape[-1]).to(outputs.dtype))
+        return cls(outputs=outputs, inputs=as_dtype(x.reshape(-1, x.shape[-1]), outputs.dtype))
 
     def take(self, block: Block) -> "GradientFactors":
         """Return the factors of one block: the columns of D that belong to its rows."""
@@ -46,7 +46,7 @@ class GradientFactors:
         outputs, inputs = self.outputs, self.inputs
         if outputs.dtype == torch.float16:  # products of finite fp16 entries overflow
             outputs, inputs = outputs.float(), inputs.float()
-        basis = basis.to(outputs.dtype)
+        basis = as_dtype(basis, outputs.dtype)
         if layout.side == "right":
             return outputs.mT @ (inputs @ basis)
         return (outputs @ basis).mT @ inputs

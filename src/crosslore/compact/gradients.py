@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from crosslore.accumulation import add_gradient_, keep_compact_parts, norm_of, scale_
+from crosslore.accumulation import add_gradient_, keep_compact_parts, norm_of, norms_of, scale_
 from crosslore.compact.begin import Held, begin_compact, entries_of, residual_starts_now, sees_whole
 from crosslore.compact.deferred import can_be_deferred, defer, deferred_of, finish_deferred, undefer
 from crosslore.compact.factors import GradientFactors
 from crosslore.compact.layerwise import CompactLayerwise
 from crosslore.compact.linear import hand_over, take_back
-from crosslore.groups import largest_of_each
+from crosslore.items import advance, steps_done
 from crosslore.residuals.sparse import kept_positions
-from crosslore.stepping import Pending, advance, begin, finish_many, full_precision, steps_done, wait
+from crosslore.stepping import Pending, begin, finish_many, full_precision, wait
 
 if TYPE_CHECKING:
     from crosslore.optimizer import LowRankOptimizer
@@ -67,7 +67,7 @@ class CompactGradients:
         self.summary = ""
         for layer in layers:
             hand_over(layer, self.take)
-            item = optimizer.item(*optimizer.place(layer.weight))
+            item = optimizer.items.of(layer.weight)
             if deferred and can_be_deferred(item) and deferred_of(layer.weight) is None:
                 defer(layer.weight, item.blocks[0].layout)
 
@@ -96,18 +96,16 @@ class CompactGradients:
         if state_changed:
             self._refreshed = {}
 
-    @torch.no_grad()
-    @full_precision()
     def take(self, weight: Tensor, factors: GradientFactors) -> None:
-        """Take one micro-batch's gradient of a weight, in factors."""
+        """Take one micro-batch's gradient of a weight, in factors; called from backward, where no graph is built."""
         if weight.numel() > 0:
-            with self._taking:
+            with self._taking, full_precision():
                 self._take(weight, factors)
 
     def _take(self, weight: Tensor, factors: GradientFactors) -> None:
         held = self._held.get(weight)
         if held is None:
-            held = self._held[weight] = Held(self.optimizer.item(*self.optimizer.place(weight)))
+            held = self._held[weight] = Held(self.optimizer.items.of(weight))
         if held.poisoned:
             return
         if held.pendings:
@@ -187,7 +185,7 @@ class CompactGradients:
         held = self._held.pop(weight)
         self._complete(weight, held)
         norm = self.layerwise.clip_(held)
-        self._finish([held], [norm if math.isfinite(norm) else math.inf])
+        self._finish([held], [math.nan if held.poisoned else norm])
 
     def _stop_deferring(self, weight: Tensor, name: str) -> None:
         """Step a weight directly from now on that is read outside its layer, where what is pending is not added."""
@@ -204,18 +202,20 @@ class CompactGradients:
 
         It is the norm of what is applied: compact gradients of low-rank weights, whole ones of the others.
         """
-        norms = self._norms()
-        if norms:
-            self._last_norm = math.sqrt(sum(norm**2 for norm in norms))
+        norms, whole = self._norms()
+        if norms or whole:
+            self._last_norm = math.sqrt(sum(norm**2 for norm in [*norms, *whole]))
         return self._last_norm
 
-    def _norms(self) -> list[float]:
-        """Return the norms of all parts of the step in progress; infinite ones of weights that will be skipped."""
+    def _norms(self) -> tuple[list[float], list[float]]:
+        """Return the norm of each weight that was handed over, NaN of those that will be skipped; and of whole ones."""
         self.complete()
-        lows = [pending.ctx.low for held in self._held.values() for pending in held.pendings]
+        held = self._held.values()
+        lows = [pending.ctx.low for one in held for pending in one.pendings]
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        skipped = [math.nan for held in self._held.values() if held.poisoned]
-        return [norm_of(tensor) for tensor in [*lows, *grads]] + skipped
+        norms = iter(norms_of([*lows, *grads]))
+        own = [math.hypot(*(next(norms) for _ in one.pendings), *(math.nan,) * one.poisoned) for one in held]
+        return own, list(norms)
 
     @torch.no_grad()
     @full_precision()
@@ -229,25 +229,25 @@ class CompactGradients:
             return  # `Layerwise.finish_step` has asked for what was left
         self.complete()
         self._scale(factor)
-        self.grad_norm()
+        own, whole = self._norms()
+        if own or whole:
+            self._last_norm = math.sqrt(sum(norm**2 for norm in [*own, *whole]))
         if self.max_grad_norm is not None:  # of what is applied: weights with a gradient that is not finite are skipped
-            norm = math.sqrt(sum(norm**2 for norm in self._norms() if math.isfinite(norm)))
+            norm = math.sqrt(sum(norm**2 for norm in [*own, *whole] if math.isfinite(norm)))
             self._scale(min(1.0, self.max_grad_norm / (norm + EPS)))
         held, self._held = list(self._held.values()), {}
-        self._finish(held, largest_of_each([[pending.ctx.low for pending in one.pendings] for one in held]))
+        self._finish(held, own)
 
-    def _finish(self, held: list[Held], peaks: list[float]) -> None:
-        """Step weights, but for those whose largest entry is infinite."""
+    def _finish(self, held: list[Held], norms: list[float]) -> None:
+        """Step weights, but for those whose norm is not finite."""
         waiting: dict[int, list[Pending]] = defaultdict(list)
-        foreach = self.optimizer.foreach
-        if foreach is None:
-            foreach = all(one.item.weight.is_cuda for one in held)
+        foreach = self.optimizer.foreach is not False and len(held) > 1
         skipped = []
-        for one, peak in zip(held, peaks, strict=True):
-            if one.poisoned or peak == math.inf:
+        for one, norm in zip(held, norms, strict=True):
+            if not math.isfinite(norm):
                 skipped.append(one.item.name)
                 continue
-            item = self.optimizer.item(*self.optimizer.place(one.item.weight))  # a scheduler may have stepped
+            item = self.optimizer.items.of(one.item.weight)  # a scheduler may have stepped
             if not one.pendings:
                 undeferred = deferred_of(item.weight)
                 if undeferred is not None:

@@ -7,18 +7,20 @@ the first micro-batch, so that none waits for the sum. Weights that keep their w
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor
 
-from crosslore.accumulation import norm_of, scale_
+from crosslore.accumulation import norms_of, scale_
 from crosslore.compact.begin import Held
 from crosslore.layerwise import Layerwise
 
 if TYPE_CHECKING:
     from crosslore.compact.gradients import CompactGradients
+    from crosslore.compact.rows import RowStepper
 
 
 class CompactLayerwise:
@@ -27,13 +29,15 @@ class CompactLayerwise:
     def __init__(self, compact: "CompactGradients", books: Layerwise) -> None:
         """Ask autograd to say when a backward pass is done with a weight."""
         self._compact, self.books = ref(compact), books
+        # Steps embeddings and heads, whose gradient is never whole; None with gradient accumulation.
+        self.rows: RowStepper | None = None
         self._passes: dict[Tensor, int] = {}
         self._nodes: list[Any] = []  # Any: torch's nodes; alive only as long as somebody holds them
         self._handles: list[Any] = []
         for weight in {id(layer.weight): layer.weight for layer in compact.layers}.values():
             node = torch.autograd.graph.get_gradient_edge(weight).node
             self._nodes.append(node)
-            self._handles.append(node.register_hook(_Done(self, weight)))
+            self._handles.append(node.register_hook(Done(WeakMethod(self.on_pass), weight)))
 
     def on_pass(self, weight: Tensor) -> None:
         """Count a backward pass that has used a weight; step it if it is the last one of the step."""
@@ -52,12 +56,12 @@ class CompactLayerwise:
 
     def _finish(self, compact: "CompactGradients", weight: Tensor) -> None:
         self._passes.pop(weight)
-        self.books.warn_of_second_step(weight, compact.optimizer.item(*compact.optimizer.place(weight)).name)
+        self.books.warn_of_second_step(weight, compact.optimizer.items.of(weight).name)
         compact.finish_layerwise(weight)
 
     def clip_(self, held: Held) -> float:
         """Return the norm of a weight's compact gradient, before what clipping makes of it."""
-        norm = math.sqrt(sum(norm_of(pending.ctx.low) ** 2 for pending in held.pendings))
+        norm = math.hypot(*norms_of([pending.ctx.low for pending in held.pendings]))
         if math.isfinite(norm) and not held.poisoned:
             factor = self.books.take_norm(norm)
             if factor < 1:
@@ -66,8 +70,10 @@ class CompactLayerwise:
         return norm
 
     def forget(self) -> None:
-        """Drop the counts."""
+        """Drop the counts, and what embeddings and heads have handed over."""
         self._passes = {}
+        if self.rows is not None:
+            self.rows.forget()
 
     def detach(self) -> None:
         """Step what is left, remove the hooks, and those of the weights with whole gradients."""
@@ -75,6 +81,8 @@ class CompactLayerwise:
         for handle in self._handles:
             handle.remove()
         self._handles, self._nodes = [], []
+        if self.rows is not None:
+            self.rows.detach()
         compact = self._compact()
         if compact is not None:
             compact.layerwise = None  # before the other half comes here again
@@ -82,13 +90,15 @@ class CompactLayerwise:
             self.books.detach()
 
 
-class _Done:
+class Done:
     """A hook of the node that would accumulate a weight's gradient: it runs once all uses of the weight are through."""
 
-    def __init__(self, owner: CompactLayerwise, weight: Tensor) -> None:
-        self._call, self._weight = WeakMethod(owner.on_pass), ref(weight)
+    def __init__(self, call: WeakMethod[Callable[[Tensor], None]], weight: Tensor) -> None:
+        """Call with the weight, as long as both are there."""
+        self._call, self._weight = call, ref(weight)
 
     def __call__(self, grad_inputs: Any, grad_outputs: Any) -> None:  # Any: torch's own tuples
+        """Say that the weight's pass is over."""
         call, weight = self._call(), self._weight()
         if call is not None and weight is not None:
             call(weight)

@@ -12,9 +12,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from crosslore.compact.deferred import DeferredWeight, deferred_of
 from crosslore.compact.factors import GradientFactors
+from crosslore.layout import as_dtype
 
-# Takes a weight and the factors of its gradient.
-Sink = Callable[[Tensor, GradientFactors], None]
+# Takes a weight and the factors of its gradient; of an embedding, token numbers and output gradients.
+Sink = Callable[[Tensor, Any], None]
 # Weight -> a weak reference to its sink, so that neither keeps the other alive. A copied or reloaded model has other
 # weights, and its layers are ordinary ones; so are those of a model whose optimizer is gone.
 _SINKS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -50,7 +51,7 @@ class CompactFunction(torch.autograd.Function):
         wants_x, _, wants_bias = ctx.needs_input_grad
         grad_x = None
         if wants_x:
-            grad_x = grad_output @ weight.to(grad_output.dtype)
+            grad_x = grad_output @ as_dtype(weight, grad_output.dtype)
             if ctx.deferred is not None:
                 if ctx.version != ctx.deferred.version:
                     raise RuntimeError(
@@ -58,9 +59,9 @@ class CompactFunction(torch.autograd.Function):
                         "optimizer.step(), or run forward again."
                     )
                 grad_x = ctx.deferred.add_grad_input(grad_x, grad_output)
-            grad_x = grad_x.to(x.dtype)
+            grad_x = as_dtype(grad_x, x.dtype)
         grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if wants_bias else None
-        sink, asker = sink_of(ctx.owner), who_asks(ctx.owner)
+        sink, asker = sink_of(ctx.owner), who_asks(ctx.owner, ctx.next_functions[1][0])
         factors = GradientFactors.of(grad_output, x)
         if asker == "backward" and sink is not None:
             sink(ctx.owner, factors)
@@ -68,11 +69,15 @@ class CompactFunction(torch.autograd.Function):
         return grad_x, factors.dense().to(weight.dtype) if asker else None, grad_bias
 
 
-def who_asks(weight: Tensor) -> Literal["backward", "grad", None]:
-    """Return what wants a weight's gradient: `loss.backward()`, `torch.autograd.grad`, or nothing."""
-    if not weight.requires_grad:  # frozen since the forward pass
+def who_asks(weight: Tensor, node: Any) -> Literal["backward", "grad", None]:  # Any: torch's own node
+    """Return what wants a weight's gradient: `loss.backward()`, `torch.autograd.grad`, or nothing.
+
+    Args:
+        weight: the leaf.
+        node: what accumulates its gradient, None if it was frozen in the forward pass.
+    """
+    if node is None or not weight.requires_grad:  # frozen since the forward pass
         return None
-    node = torch.autograd.graph.get_gradient_edge(weight).node
     try:
         # As torch's own register_multi_grad_hook asks.
         return "backward" if torch._C._will_engine_execute_node(node) else None
@@ -109,7 +114,9 @@ class CompactLinear(nn.Linear):
         if torch.compiler.is_exporting() or isinstance(self.weight, torch.fx.Proxy):
             self._refuse_to_be_traced_without_what_is_pending()
             return nn.functional.linear(x, self.weight, self.bias)
-        if torch.is_grad_enabled() and self.weight.requires_grad and sink_of(self.weight):
+        weight = self.weight
+        handed_over = self._own_weight is not None and self._own_weight() is weight
+        if handed_over and torch.is_grad_enabled() and weight.requires_grad:
             y: Tensor = _compact_forward(x, self.weight, self.bias)
             return y
         return output(x, self.weight, self.bias, pending_of(self.weight))
@@ -159,6 +166,59 @@ def _compact_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+class EmbeddingFunction(torch.autograd.Function):
+    """y = W[tokens]; backward gives the sink the token numbers and the gradient of y."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, padding: int | None) -> Tensor:  # Any: torch's own context
+        """Return the rows of the tokens."""
+        ctx.save_for_backward(tokens)
+        ctx.owner, ctx.padding = weight, padding
+        return nn.functional.embedding(tokens, weight, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor | None, None]:
+        """Return the weight's gradient to who asks for it; else it goes to its sink."""
+        (tokens,) = ctx.saved_tensors
+        weight, padding = ctx.owner, -1 if ctx.padding is None else ctx.padding
+        sink, asker = sink_of(weight), who_asks(weight, ctx.next_functions[1][0])
+        if asker == "backward" and sink is not None:
+            if padding >= 0:
+                grad_output = grad_output.masked_fill((tokens == padding).unsqueeze(-1), 0)
+            sink(weight, (tokens, grad_output))
+            return None, None, None
+        if asker is None:
+            return None, None, None
+        whole = torch.ops.aten.embedding_dense_backward(grad_output, tokens, weight.shape[0], padding, False)
+        return None, whole, None
+
+
+class CompactEmbedding(nn.Embedding):
+    """`nn.Embedding` in every respect but one: while a sink asks for it, the weight's gradient is never formed."""
+
+    _own_weight: "ref[Tensor] | None" = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows of the tokens."""
+        weight = self.weight
+        handed_over = self._own_weight is not None and self._own_weight() is weight
+        if not handed_over or torch.compiler.is_exporting() or not (torch.is_grad_enabled() and weight.requires_grad):
+            return super().forward(input)
+        y: Tensor = _embedding_forward(input, weight, self.padding_idx)
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:  # Any: torch's own attributes
+        """Return what copies and pickles hold."""
+        return {key: value for key, value in self.__dict__.items() if key != "_own_weight"}
+
+
+@_disable_dynamo  # the sink steps an optimizer: not for a compiled graph
+def _embedding_forward(tokens: Tensor, weight: Tensor, padding: int | None) -> Tensor:
+    y: Tensor = EmbeddingFunction.apply(tokens, weight, padding)  # type: ignore[no-untyped-call]
+    return y
+
+
 def reason_not_compact(module: nn.Module) -> str | None:
     """Return why a module's weight must keep its whole gradient, or None if it need not."""
     if type(module) not in (nn.Linear, CompactLinear):
@@ -177,6 +237,13 @@ def hand_over(module: nn.Linear, sink: Sink) -> None:
     _SINKS[module.weight] = WeakMethod(sink)
 
 
+def hand_over_embedding(module: nn.Embedding, sink: Sink) -> None:
+    """Let an embedding's backward hand token numbers and output gradients to `sink`."""
+    module.__class__ = CompactEmbedding
+    vars(module)["_own_weight"] = ref(module.weight)
+    _SINKS[module.weight] = WeakMethod(sink)
+
+
 def refuse_other_compact(weights: Iterable[Tensor]) -> None:
     """Raise a ValueError if one of the weights hands its gradient to an optimizer already."""
     for weight in weights:
@@ -187,8 +254,8 @@ def refuse_other_compact(weights: Iterable[Tensor]) -> None:
             )
 
 
-def take_back(module: nn.Linear) -> None:
+def take_back(module: nn.Module) -> None:
     """Make a layer an ordinary one again."""
     _SINKS.pop(module.weight, None)
     vars(module).pop("_own_weight", None)
-    module.__class__ = nn.Linear
+    module.__class__ = nn.Embedding if isinstance(module, nn.Embedding) else nn.Linear

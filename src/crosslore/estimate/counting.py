@@ -13,9 +13,9 @@ from crosslore.compact.deferred import can_be_deferred
 from crosslore.estimate.methods import Method, Setting
 from crosslore.estimate.temporaries import dora_temporary_bytes, refresh_bytes
 from crosslore.factory import create_optimizer
+from crosslore.items import Item
 from crosslore.memory import block_bytes, item_bytes, state_bytes, state_itemsize
 from crosslore.optimizer import LowRankOptimizer
-from crosslore.stepping import Item
 from crosslore.targets import embedding_weights, select_targets
 
 

@@ -6,7 +6,9 @@ triton, runs them on the CPU, slowly, for tests. Nothing here imports triton bef
 """
 
 import os
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +78,20 @@ def adamw8bit_update_(
         eps=eps,
         update=update,
     )
+
+
+def adamw8bit_update_many_(lows: Sequence[Tensor], states: Sequence[dict[str, Tensor]], **numbers: Any) -> list[Tensor]:
+    """Do the same to many tensors by one launch; arguments and errors: see `triton_adamw8bit_many`."""
+    from crosslore.kernels.triton_adamw8bit_many import adamw8bit_update_many_ as fused
+
+    return fused(lows, states, **numbers)
+
+
+def adamw8bit_weight_(weight: Tensor, grad: Tensor, state: dict[str, Tensor], **numbers: Any) -> None:
+    """Step a whole weight by one launch; arguments and errors: see `triton_adamw8bit_many`."""
+    from crosslore.kernels.triton_adamw8bit_many import adamw8bit_weight_ as fused
+
+    fused(weight, grad, state, **numbers)
 
 
 @lru_cache(maxsize=1)

@@ -54,28 +54,47 @@ def adamw8bit_update_(
     """
     if update is None:
         update = torch.empty_like(low, dtype=torch.float32, memory_format=torch.contiguous_format)
-    blocks = triton.cdiv(low.numel(), BLOCK_SIZE)
-    _check(low, low.numel(), torch.float32, torch.bfloat16)
-    _check(update, low.numel(), torch.float32)
-    for codes, scale, code in ((exp_avg, exp_avg_scale, code_signed), (exp_avg_sq, exp_avg_sq_scale, code_unsigned)):
-        _check(codes, low.numel(), torch.uint8)
-        _check(scale, blocks, torch.float32)
-        _check(code, 256, torch.float32)
+    check(update, low.numel(), torch.float32)
+    blocks = check_moments(low, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, code_signed, code_unsigned)
     if blocks:
         # Triton launches on the current device, which need not be that of `low`; -1, the CPU's, changes nothing.
         with torch.cuda.device(low.get_device()):
             _adamw8bit_kernel[(blocks,)](
                 *(low, update, low.numel()),
                 *(exp_avg, exp_avg_scale, code_signed, exp_avg_sq, exp_avg_sq_scale, code_unsigned),
-                *(beta1, 1 - beta1, beta2, 1 - beta2, 1 - beta1**t, math.sqrt(1 - beta2**t), eps),
+                *numbers(t, beta1, beta2, eps),
                 BLOCK_SIZE=BLOCK_SIZE,
                 LOWEST_SECOND=LOWEST_SECOND,
             )
     return update
 
 
-def _check(tensor: Tensor, elements: int, *dtypes: torch.dtype) -> None:
-    """Refuse what the kernel, which sees addresses only, would read wrongly or past its end."""
+def numbers(t: int, beta1: float, beta2: float, eps: float) -> tuple[float, ...]:
+    """Return what a kernel takes for a step, in its order."""
+    return beta1, 1 - beta1, beta2, 1 - beta2, 1 - beta1**t, math.sqrt(1 - beta2**t), eps
+
+
+def check_moments(
+    low: Tensor,
+    exp_avg: Tensor,
+    exp_avg_scale: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_sq_scale: Tensor,
+    code_signed: Tensor,
+    code_unsigned: Tensor,
+) -> int:
+    """Check a gradient and its moments as `check` does; return the number of blocks."""
+    blocks = -(-low.numel() // BLOCK_SIZE)
+    check(low, low.numel(), torch.float32, torch.bfloat16)
+    for codes, scale, code in ((exp_avg, exp_avg_scale, code_signed), (exp_avg_sq, exp_avg_sq_scale, code_unsigned)):
+        check(codes, low.numel(), torch.uint8)
+        check(scale, blocks, torch.float32)
+        check(code, 256, torch.float32)
+    return blocks
+
+
+def check(tensor: Tensor, elements: int, *dtypes: torch.dtype) -> None:
+    """Refuse what a kernel, which sees addresses only, would read wrongly or past its end."""
     if tensor.numel() != elements or tensor.dtype not in dtypes or not tensor.is_contiguous():
         raise ValueError(
             f"the fused 8-bit step needs a contiguous tensor of {elements} elements, "
@@ -110,14 +129,43 @@ def _adamw8bit_kernel(
     at = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     inside = at < elements
     grad = tl.load(low + at, mask=inside, other=0.0).to(tl.float32)
+    value = advance(
+        *(grad, block, at, inside, exp_avg, exp_avg_scale, code_signed, exp_avg_sq, exp_avg_sq_scale, code_unsigned),
+        *(beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, LOWEST_SECOND),
+    )
+    tl.store(update + at, value, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton ships no types
+def advance(
+    grad: tl.tensor,
+    block: tl.tensor,
+    at: tl.tensor,
+    inside: tl.tensor,
+    exp_avg: tl.tensor,
+    exp_avg_scale: tl.tensor,
+    code_signed: tl.tensor,
+    exp_avg_sq: tl.tensor,
+    exp_avg_sq_scale: tl.tensor,
+    code_unsigned: tl.tensor,
+    beta1: tl.tensor,
+    one_minus_beta1: tl.tensor,
+    beta2: tl.tensor,
+    one_minus_beta2: tl.tensor,
+    correction1: tl.tensor,
+    correction2: tl.tensor,
+    eps: tl.tensor,
+    LOWEST_SECOND: tl.constexpr,
+) -> tl.tensor:
+    """Advance both moments of one block and return its update; what all kernels here do."""
     first = _dequantise(exp_avg, exp_avg_scale, code_signed, block, at, inside)
     second = _dequantise(exp_avg_sq, exp_avg_sq_scale, code_unsigned, block, at, inside)
     first = first * beta1 + one_minus_beta1 * grad  # Eq. 7
     second = second * beta2 + one_minus_beta2 * grad * grad  # Eq. 7
     denominator = (tl.div_rn(tl.sqrt_rn(second), correction2) + eps) * correction1
-    tl.store(update + at, tl.div_rn(first, denominator), mask=inside)
     _quantise(first, exp_avg, exp_avg_scale, code_signed, block, at, inside, LOWEST=0)
     _quantise(second, exp_avg_sq, exp_avg_sq_scale, code_unsigned, block, at, inside, LOWEST=LOWEST_SECOND)
+    return tl.div_rn(first, denominator)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton ships no types

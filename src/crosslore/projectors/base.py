@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor
 
-from crosslore.layout import MatrixLayout
+from crosslore.layout import MatrixLayout, as_dtype
 
 if TYPE_CHECKING:
     from crosslore.config import LowRankConfig
@@ -70,7 +70,7 @@ class Projector(ABC):
         """Return the compact gradient R: P^T G (r, cols) on the left, G P (rows, r) on the right; Eq. 7."""
         if grad.dtype == torch.float16:  # products of finite fp16 entries overflow
             grad, basis = grad.float(), basis.float()
-        basis = basis.to(grad.dtype)
+        basis = as_dtype(basis, grad.dtype)
         return basis.mT @ grad if layout.side == "left" else grad @ basis
 
     def project_back(self, low: Tensor, basis: Tensor, layout: MatrixLayout) -> Tensor:
@@ -94,7 +94,7 @@ class Projector(ABC):
             alpha: factor on the update, -lr * scale.
             beta: factor on the weight, 1 - lr * weight_decay.
         """
-        a, b = layout.factors(low.to(weight.dtype), basis.to(weight.dtype))
+        a, b = layout.factors(low, basis)
         layout.add_product_(weight, a, b, alpha=alpha, beta=beta)
 
 

@@ -18,6 +18,7 @@ class Adagrad(Rule):
     """
 
     sums: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def init(self, low: Tensor) -> State:
         """Return a zero sum of the shape of `low`, fp32."""

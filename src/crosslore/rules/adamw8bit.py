@@ -1,5 +1,6 @@
 """AdamW whose moments are stored in 8 bits, block by block, with bitsandbytes' quantiser."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -75,6 +76,7 @@ class AdamW8bit(Rule):
     block scales `exp_avg_scale`, `exp_avg_sq_scale` fp32; tensors of fewer than 4096 entries keep fp32 moments.
     """
 
+    elementwise: ClassVar[bool] = True
     # Whether the codes live in memory that the driver moves between GPU and host.
     paged: ClassVar[bool] = False
 
@@ -103,6 +105,39 @@ class AdamW8bit(Rule):
         update = adamw.update(low, {"exp_avg": first, "exp_avg_sq": second}, t, hp)
         self.store_(state, first, second)
         return update
+
+    def update_many(
+        self, lows: Sequence[Tensor], states: Sequence[State], steps: Sequence[int], hp: Hyper
+    ) -> list[Tensor]:
+        """Return the updates of several tensors; by one kernel for those of one step and dtype, on a GPU."""
+        fused: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+        updates: dict[int, Tensor] = {}
+        for i, (low, state, t) in enumerate(zip(lows, states, steps, strict=True)):
+            if "exp_avg_scale" in state and not self.paged and dispatch.use_triton(low):
+                fused.setdefault((t, low.dtype, low.device), []).append(i)
+            else:
+                updates[i] = self.update(low, state, t, hp)
+        for (t, _, _), those in fused.items():
+            grads, moments = [lows[i].contiguous() for i in those], [states[i] for i in those]
+            made = dispatch.adamw8bit_update_many_(grads, moments, **self._numbers(grads[0], t, hp))
+            updates |= zip(those, made, strict=True)
+        return [updates[i] for i in range(len(lows))]
+
+    def step_weight_(
+        self, weight: Tensor, grad: Tensor, state: State, t: int, hp: Hyper, *, draws: torch.Generator | None = None
+    ) -> None:
+        """Do one step of a weight at full rank; by one kernel on a GPU, without anything of its size in fp32."""
+        plain = draws is None and "exp_avg_scale" in state and not self.paged and weight.is_contiguous()
+        if not (plain and dispatch.use_triton(weight) and dispatch.use_triton(grad)):
+            return super().step_weight_(weight, grad, state, t, hp, draws=draws)
+        factors = {"weight_factor": hp.weight_factor, "update_factor": hp.update_factor}
+        dispatch.adamw8bit_weight_(weight, grad.contiguous(), state, **self._numbers(grad, t, hp), **factors)
+
+    def _numbers(self, low: Tensor, t: int, hp: Hyper) -> dict[str, Any]:  # Any: the kernels' own arguments
+        """Return what the kernels take beside the tensors."""
+        books = {"code_signed": _code(True, low.device), "code_unsigned": _code(False, low.device)}
+        eps = AdamW(self.eps_placement).factors(t, hp)[1]
+        return {**books, "t": t, "beta1": hp.betas[0], "beta2": hp.betas[1], "eps": eps}
 
     def load(self, state: State) -> tuple[Tensor | None, Tensor | None]:
         """Return M'_t and V'_t, dequantised; the state itself where it is fp32."""
@@ -153,24 +188,20 @@ class AdamW8bit(Rule):
         parts += [state[key].view(-1).split(length) for key, length in lengths.items()]
         return [(w, g, dict(zip(lengths, rest, strict=True))) for w, g, *rest in zip(*parts, strict=True)]
 
+    def state_of_rows(self, state: State, weight: Tensor, rows: slice) -> State:
+        """Return views of codes and of the scales of their blocks."""
+        if "exp_avg_scale" not in state:
+            return super().state_of_rows(state, weight, rows)
+        first, stop = rows.start * weight.shape[1] // BLOCK_SIZE, -(-rows.stop * weight.shape[1] // BLOCK_SIZE)
+        part = {key: state[key][rows] for key in ("exp_avg", "exp_avg_sq")}
+        return part | {f"{key}_scale": state[f"{key}_scale"][first:stop] for key in part}
+
     def _allocate(self, low: Tensor) -> Tensor:
         return torch.empty(low.shape, dtype=torch.uint8, device=low.device)
 
     def _update_fused(self, low: Tensor, state: State, t: int, hp: Hyper) -> Tensor:
-        _, eps, _ = AdamW(self.eps_placement).factors(t, hp)
-        return dispatch.adamw8bit_update_(
-            low.contiguous(),
-            state["exp_avg"],
-            state["exp_avg_scale"],
-            state["exp_avg_sq"],
-            state["exp_avg_sq_scale"],
-            code_signed=_code(True, low.device),
-            code_unsigned=_code(False, low.device),
-            t=t,
-            beta1=hp.betas[0],
-            beta2=hp.betas[1],
-            eps=eps,
-        )
+        moments = (state[key] for key in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale"))
+        return dispatch.adamw8bit_update_(low.contiguous(), *moments, **self._numbers(low, t, hp))
 
 
 @dataclass(frozen=True)
@@ -182,6 +213,15 @@ class PagedAdamW8bit(AdamW8bit):
     """
 
     paged: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = False  # a view of paged codes is not paged
+
+    def state_of_rows(self, state: State, weight: Tensor, rows: slice) -> State:
+        """Return views of codes and of the scales of their blocks."""
+        if "exp_avg_scale" not in state:
+            return super().state_of_rows(state, weight, rows)
+        first, stop = rows.start * weight.shape[1] // BLOCK_SIZE, -(-rows.stop * weight.shape[1] // BLOCK_SIZE)
+        part = {key: state[key][rows] for key in ("exp_avg", "exp_avg_sq")}
+        return part | {f"{key}_scale": state[f"{key}_scale"][first:stop] for key in part}
 
     def _allocate(self, low: Tensor) -> Tensor:
         if low.device.type != "cuda":

@@ -36,6 +36,8 @@ class Rule(ABC):
 
     # Whether its second moment is a sum over all steps instead of an average.
     sums: ClassVar[bool] = False
+    # Whether an entry's update depends on nothing but its own gradient and state (or those of its block of 256).
+    elementwise: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, low: Tensor) -> State:
@@ -95,6 +97,16 @@ class Rule(ABC):
             update = self.update(part_grad, part_state, t, hp).mul_(hp.update_factor)
             update.add_(part, alpha=hp.weight_factor)  # one rounding to the weight's dtype
             part.copy_(update if draws is None else stochastic_round(update, part.dtype, generator=draws))
+
+    def state_of_rows(self, state: State, weight: Tensor, rows: slice) -> State:
+        """Return views of the state of some rows of a matrix; for elementwise rules.
+
+        Args:
+            state: of the whole matrix.
+            weight: (rows, cols).
+            rows: first and last row; the first is a multiple of 256.
+        """
+        return {key: value[rows] for key, value in state.items() if key != "step"}
 
     def pieces(self, weight: Tensor, grad: Tensor, state: State) -> list[tuple[Tensor, Tensor, State]]:
         """Return views of weight, gradient and state that can be stepped one after another."""

@@ -1,6 +1,7 @@
 """Gradient descent with momentum."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from crosslore.rules.base import Rule, State, state_dtype
 @dataclass(frozen=True)
 class SGD(Rule):
     """As torch.optim.SGD with momentum betas[0] and no dampening. State: `exp_avg`, the momentum buffer."""
+
+    elementwise: ClassVar[bool] = True
 
     def init(self, low: Tensor) -> State:
         """Return a zero buffer of the shape of `low`, fp32."""

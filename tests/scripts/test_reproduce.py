@@ -126,10 +126,12 @@ def test_children_die_with_a_killed_run(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_ends_in_order_and_says_how_to_go_on(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # of a background job: ignored
     process = subprocess.Popen(
         command(tmp_path), env={**os.environ, "STAND_IN_SECONDS": "60"}, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "work").glob("cells/table1/*/stand-in.pid")):
         assert time.monotonic() < deadline and process.poll() is None

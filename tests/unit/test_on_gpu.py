@@ -73,7 +73,8 @@ def test_accumulated_compact_gradients_wait_in_host_memory_and_are_the_same(part
 
 
 def test_an_exact_basis_gives_what_the_cpu_gives() -> None:
-    assert difference(trained("galore", device="cpu")[0], trained("galore")[0]) < 1e-8
+    # Rotary embeddings are fp32 in transformers, and cosines of the two devices differ in the last place.
+    assert difference(trained("galore", device="cpu")[0], trained("galore")[0]) < 1e-5
 
 
 @pytest.mark.parametrize("mode", ["layerwise", "compact", "compact-layerwise", "deferred"])
@@ -116,6 +117,23 @@ def test_a_resumed_run_is_bitwise_the_same(mode: str) -> None:
     for one in (optimizer, again):
         one.merge()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rule", ["adamw", "adamw8bit"])
+def test_embeddings_in_rows_take_the_steps_of_the_whole(tied: bool, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crosslore.compact.rows.AT_ONCE", {"cpu": 32 * 64, "cuda": 32 * 64})
+    monkeypatch.setattr("crosslore.compact.rows.ROWS", 32)
+    ends = []
+    for mode in ("layerwise", "compact-layerwise"):
+        model = llama(dtype=torch.float32, tie_word_embeddings=tied).cuda()
+        optimizer = create_optimizer(model, "crosslore_plus", lr=1e-3, rank=8, rule=rule, gradients=mode)
+        for step in range(3):
+            ids = torch.randint(97, (4, 24), generator=torch.Generator().manual_seed(step)).cuda()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        ends.append(model)
+    assert difference(*ends) < (1e-4 if rule == "adamw" else 1e-3)
 
 
 @pytest.mark.parametrize("mode", ["layerwise", "compact-layerwise"])

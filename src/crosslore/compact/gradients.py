@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 # Added to a norm before dividing by it, as torch.nn.utils.clip_grad_norm_.
 EPS = 1e-6
+# Layerwise: entries of compact gradients that wait for each other, since one step of many small tensors is cheaper than
+# many steps of one. At rank 128 these are two decoder layers of 4096 columns on a GPU, 32 MB.
+READY = {"cpu": 1 << 18, "cuda": 1 << 23}
 
 
 class CompactGradients:
@@ -56,6 +59,9 @@ class CompactGradients:
         self.optimizer, self.layers = optimizer, layers
         self.accumulation_steps, self.max_grad_norm = accumulation_steps, max_grad_norm
         self._held: dict[Tensor, Held] = {}
+        # Layerwise: weights whose backward pass is over, which step together.
+        self._ready: list[Held] = []
+        self._ready_entries = 0
         # Step of each weight's last refresh: a step that is begun again, after its gradient was dropped, has had it.
         self._refreshed: dict[Tensor, int] = {}
         self._last_norm = 0.0
@@ -90,7 +96,7 @@ class CompactGradients:
 
     def forget(self, *, state_changed: bool = False) -> None:
         """Drop what was handed over, and with another state what is known of the old one."""
-        self._held = {}
+        self._held, self._ready = {}, []
         if self.layerwise is not None:
             self.layerwise.forget()
         if state_changed:
@@ -180,12 +186,24 @@ class CompactGradients:
     @torch.no_grad()
     @full_precision()
     def finish_layerwise(self, weight: Tensor) -> None:
-        """Step one weight with what its layers handed over, and forget it."""
-        assert self.layerwise is not None
+        """Step one weight with what its layers handed over; within this backward pass, with the next few."""
         held = self._held.pop(weight)
         self._complete(weight, held)
-        norm = self.layerwise.clip_(held)
-        self._finish([held], [math.nan if held.poisoned else norm])
+        if not self._ready:  # at the end of the pass, if not before
+            torch.autograd.Variable._execution_engine.queue_callback(self.finish_ready)
+            self._ready_entries = 0
+        self._ready.append(held)
+        self._ready_entries += sum(pending.ctx.low.numel() for pending in held.pendings)
+        if self._ready_entries >= READY.get(weight.device.type, READY["cpu"]):
+            self.finish_ready()
+
+    @torch.no_grad()
+    @full_precision()
+    def finish_ready(self) -> None:
+        """Step the weights whose backward pass is over."""
+        if self._ready and self.layerwise is not None:
+            ready, self._ready = self._ready, []
+            self._finish(ready, self.layerwise.clip_(ready))
 
     def _stop_deferring(self, weight: Tensor, name: str) -> None:
         """Step a weight directly from now on that is read outside its layer, where what is pending is not added."""

@@ -53,21 +53,26 @@ class CompactLayerwise:
         compact = self._compact()
         for weight in list(self._passes) if compact is not None else []:
             self._finish(compact, weight)  # type: ignore[arg-type]
+        if compact is not None:
+            compact.finish_ready()
 
     def _finish(self, compact: "CompactGradients", weight: Tensor) -> None:
         self._passes.pop(weight)
         self.books.warn_of_second_step(weight, compact.optimizer.items.of(weight).name)
         compact.finish_layerwise(weight)
 
-    def clip_(self, held: Held) -> float:
-        """Return the norm of a weight's compact gradient, before what clipping makes of it."""
-        norm = math.hypot(*norms_of([pending.ctx.low for pending in held.pendings]))
-        if math.isfinite(norm) and not held.poisoned:
-            factor = self.books.take_norm(norm)
+    def clip_(self, ready: list[Held]) -> list[float]:
+        """Clip compact gradients; return the norm of each weight's before that, NaN of one that is to be skipped."""
+        norms = iter(norms_of([pending.ctx.low for held in ready for pending in held.pendings]))
+        found = []
+        for held in ready:
+            norm = math.hypot(*(next(norms) for _ in held.pendings), *(math.nan,) * held.poisoned)
+            factor = self.books.take_norm(norm) if math.isfinite(norm) else 1.0
             if factor < 1:
                 for pending in held.pendings:
                     scale_(pending, factor)
-        return norm
+            found.append(norm)
+        return found
 
     def forget(self) -> None:
         """Drop the counts, and what embeddings and heads have handed over."""

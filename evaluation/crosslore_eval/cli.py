@@ -3,6 +3,8 @@
 import argparse
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +25,7 @@ DEFAULT_OUT = Path("saves") / "eval"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0 done, 1 failed, 2 unusable input, 130 interrupted."""
+    """Return the exit code: 0 done, 1 failed, 2 unusable input, 130 interrupted, 141 cut off."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -32,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     try:
         commands[args.command](args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; what Python flushes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except EvalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

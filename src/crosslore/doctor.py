@@ -18,7 +18,8 @@ import torch
 from crosslore.integrations.llamafactory.compat import TESTED, UnsupportedError, require_matching_torch
 
 Level = Literal["ok", "warning", "problem"]
-OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 4)
+# Those of pyproject.toml; a test holds them equal.
+OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 8)
 # Of disk: what a 7B model's checkpoints take, result and two of them.
 WANTED_GB = 60
 
@@ -49,16 +50,17 @@ def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
 def _python() -> Finding:
     version = platform.python_version()
     if sys.version_info < OLDEST_PYTHON:
-        return Finding(name="Python", level="problem", text=version, fix="Use Python 3.11 or newer.")
+        return Finding(
+            name="Python", level="problem", text=version, fix=f"Use Python {_dotted(OLDEST_PYTHON)} or newer."
+        )
     return Finding(name="Python", level="ok", text=version)
 
 
 def _torch() -> Finding:
     version = torch.__version__
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
-        return Finding(
-            name="torch", level="problem", text=version, fix="Run `pip install -U torch`: 2.4 is the oldest."
-        )
+        fix = f"Run `pip install -U torch`: {_dotted(OLDEST_TORCH)} is the oldest."
+        return Finding(name="torch", level="problem", text=version, fix=fix)
     try:
         if importlib.util.find_spec("llamafactory") is not None:
             require_matching_torch()
@@ -153,6 +155,10 @@ def _disk() -> Finding:
         fix = f"A 7B model's checkpoints take about {WANTED_GB} GB: set output_dir to another disk."
         return Finding(name="disk", level="warning", text=text, fix=fix)
     return Finding(name="disk", level="ok", text=text)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def _version(package: str) -> str | None:

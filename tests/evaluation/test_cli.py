@@ -287,3 +287,13 @@ def test_the_installed_command_works_from_anywhere(tmp_path: Path) -> None:
     assert "gsm8k" in json.loads(done.stdout)
     version = subprocess.run([found, "--version"], capture_output=True, check=True, text=True)
     assert version.stdout.startswith("crosslore-eval ")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    for options in (["tasks"], ["tasks", "--json"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-m", "crosslore_eval", *options]
+        found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
+        os.close(writer)
+        assert (found.returncode, found.stderr) == (141, "")

@@ -215,7 +215,9 @@ def test_only_the_first_process_writes(tmp_path: Path, clock: Clock) -> None:
 def test_a_file_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "measure.json", tmp_path):
-        with pytest.raises(ValueError, match="CROSSLORE_MEASURE must be a file in a folder that can be written to"):
+        with pytest.raises(
+            ValueError, match="path or CROSSLORE_MEASURE must be a file in a folder that can be written to"
+        ):
             MeasureCallback(path)
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 from crosslore import doctor
 from crosslore.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def findings() -> dict[str, doctor.Finding]:
@@ -39,6 +42,19 @@ def test_a_problem_is_exit_code_1_and_its_fix_is_printed(
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "9.9, not among the tested 0.0.1" in text and "pip install llamafactory==0.0.1" in text
+
+
+def test_the_oldest_versions_are_those_that_the_package_asks_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["requires-python"] == f">={doctor._dotted(doctor.OLDEST_PYTHON)}"
+    assert f"torch>={doctor._dotted(doctor.OLDEST_TORCH)}" in project["dependencies"]
+
+
+def test_a_torch_that_is_too_old_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cu126")
+    assert doctor._torch().level == "problem" and "2.8 is the oldest" in doctor._torch().fix
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
+    assert "oldest" not in doctor._torch().fix
 
 
 def test_a_check_that_breaks_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,8 @@ class MeasureCallback(TrainerCallback):  # type: ignore[misc]
             writable = False
         if not writable:
             raise ValueError(
-                f"{VARIABLE} must be a file in a folder that can be written to, got {str(path)!r}. "
-                f"Name another file, or unset {VARIABLE}."
+                f"MeasureCallback's path or {VARIABLE} must be a file in a folder that can be written to, got "
+                f"{str(path)!r}. Name another file, or leave the callback out, or unset {VARIABLE}."
             )
         self.begun: float | None = None
         self.result: Json | None = None  # once training has ended

@@ -7,9 +7,11 @@ Where a file holds several configurations (device, threads, dtype, profile), eac
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from common import ROOT, SESSION, Row, grouped, read_rows
 
@@ -172,6 +174,37 @@ TABLES: dict[str, Callable[[list[Row]], Iterator[str]]] = {
 }
 
 
+def train_7b(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Yield a table for each model, rank and setting; of a 7B model with random weights on a GPU."""
+    header = ("", "seconds", "over LoRA", "kernels", "fitting", "allocated", "reserved")
+    ran = [{**row, "name": key.split(", ")[1]} for key, row in rows.items() if row["status"] == "ok"]
+    for (model, rank, tokens), mine in grouped(ran, "model", "rank", "tokens").items():
+        lora = next((row["amortised_seconds"] for row in mine if row["method"] == "lora"), None)
+        lines = []
+        for row in sorted(mine, key=lambda row: float(row["amortised_seconds"])):
+            over = "" if lora is None else figure(row["amortised_seconds"] / lora)
+            kernels, share = figure(row.get("device_seconds", "")), f"{100 * row['fitting_share']:.0f} %"
+            peaks = (figure(row[f"peak_{kind}_gib"], digits=4) for kind in ("allocated", "reserved"))
+            lines.append((row["method"], figure(row["amortised_seconds"]), over, kernels, share, *peaks))
+        where = mine[0]["environment"]
+        yield f"**{model}, rank {rank}, {tokens} tokens.** {where['device']}, torch {where['torch']}."
+        yield markdown(header, lines)
+    for key, row in rows.items():
+        if row["status"] != "ok":
+            yield f"{key}: {row['status']}"
+
+
+SEVEN_B = """## LLaMA2-7B on a GPU
+
+Random weights, bf16, batch 1, `python benchmarks/train_7b.py`. *Seconds*: a whole step, refreshes amortised over 200,
+by the clock. The processor beside this GPU takes several times as long to launch the kernels as the GPU to run them,
+and unsteadily: the clock compares methods of one setting, roughly. *Kernels*: the time on the GPU itself. *Fitting*:
+the share of refreshes in the seconds. Peaks in GiB, of ordinary steps. `gsm8k`: the lengths of that data set's rows;
+with a residual (`crosslore:...`) a kernel was compiled anew for each of them then, which it is not any more. A method
+without a colon after its name steps inside backward with whole gradients.
+"""
+
+
 def conditions(rows: list[Row]) -> str:
     """Return what the numbers were measured with."""
     row = max(rows, key=lambda row: row["date"])
@@ -197,6 +230,10 @@ def page(results: Path, root: Path = ROOT) -> str:
             lines += ["Not measured. Run `make benchmark`.", ""]
         elif picture.is_file() and results.is_relative_to(root):
             lines += [f"![{heading}](../{picture.relative_to(root).as_posix()})", ""]
+    measured = results / "train_7b.json"
+    rows_7b = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
+    lines += [SEVEN_B, *(f"{table}\n" for table in train_7b(rows_7b))]
+    lines += [] if rows_7b else ["Not measured: needs a GPU.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -28,9 +28,8 @@ def sampled_product(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         # Triton launches on the current device, which need not be that of `a`; -1, the CPU's, changes nothing.
         with torch.cuda.device(a.get_device()):
             _sampled_product_kernel[(triton.cdiv(pairs, BLOCK_PAIRS),)](
-                *(a, b, rows.contiguous(), cols.contiguous(), out, pairs),
+                *(a, b, rows.contiguous(), cols.contiguous(), out, pairs, rank),
                 *(*a.stride(), *b.stride()),
-                RANK=rank,
                 BLOCK_PAIRS=BLOCK_PAIRS,
                 BLOCK_RANK=min(MAX_BLOCK_RANK, triton.next_power_of_2(rank)),
             )
@@ -45,11 +44,11 @@ def _sampled_product_kernel(
     cols: tl.tensor,
     out: tl.tensor,
     pairs: tl.tensor,
+    rank: tl.tensor,  # no constant: of a gradient's factors it is the number of tokens, another one in each batch
     a_row_stride: tl.tensor,
     a_rank_stride: tl.tensor,
     b_row_stride: tl.tensor,
     b_rank_stride: tl.tensor,
-    RANK: tl.constexpr,  # a model has few ranks; known, they free whole blocks of their mask
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
 ) -> None:
@@ -59,10 +58,12 @@ def _sampled_product_kernel(
     a_row = a + tl.load(rows + pair, mask=inside, other=0).to(tl.int64) * a_row_stride
     b_row = b + tl.load(cols + pair, mask=inside, other=0).to(tl.int64) * b_row_stride
     products = tl.zeros((BLOCK_PAIRS, BLOCK_RANK), dtype=tl.float32)
-    for start in range(0, RANK, BLOCK_RANK):
+    start = tl.zeros((), dtype=tl.int32)
+    while start < rank:  # Triton's interpreter has no `range` up to an argument
         j = start + tl.arange(0, BLOCK_RANK).to(tl.int64)
-        mask = inside[:, None] & (j < RANK)[None, :]
+        mask = inside[:, None] & (j < rank)[None, :]
         left = tl.load(a_row[:, None] + (j * a_rank_stride)[None, :], mask=mask, other=0.0)
         right = tl.load(b_row[:, None] + (j * b_rank_stride)[None, :], mask=mask, other=0.0)
         products += left.to(tl.float32) * right.to(tl.float32)
+        start += BLOCK_RANK
     tl.store(out + pair, tl.sum(products, axis=1), mask=inside)

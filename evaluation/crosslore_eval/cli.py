@@ -11,7 +11,7 @@ from pathlib import Path
 
 from crosslore_eval import picture, report
 from crosslore_eval.comparison import Comparison, check_same_references, compare_results
-from crosslore_eval.errors import EvalError
+from crosslore_eval.errors import EvalError, missing_package
 from crosslore_eval.options import build_parser
 from crosslore_eval.protocols import Results, find_protocol
 from crosslore_eval.scoring import Report, read_corpus, report_of, warnings_of
@@ -19,8 +19,6 @@ from crosslore_eval.tasks import TASKS, find_task
 from crosslore_eval.tasks.base import Example, Task
 from crosslore_eval.tasks.loading import load_rows
 
-SCORING_PACKAGES = ("numpy", "sacrebleu", "nltk", "rouge_score", "rouge_chinese", "jieba", "pycocoevalcap", "rich")
-GENERATION_PACKAGES = ("torch", "transformers", "tqdm")
 DEFAULT_OUT = Path("saves") / "eval"
 
 
@@ -42,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        if package not in (*SCORING_PACKAGES, *GENERATION_PACKAGES, "matplotlib"):
+        message = missing_package(error)
+        if message is None:
             raise
-        print(f'error: {package} is not installed. Install with: pip install "crosslore[eval]"', file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

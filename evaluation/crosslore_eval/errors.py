@@ -3,9 +3,21 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+# What the extra `eval` brings, by the names that are imported.
+PACKAGES = (
+    "numpy", "sacrebleu", "nltk", "rouge_score", "rouge_chinese", "jieba", "pycocoevalcap", "rich", "torch",
+    "transformers", "tqdm", "matplotlib",
+)  # fmt: skip
+
 
 class EvalError(ValueError):
     """Something that the user gave cannot be used; the message says what, its value, what is allowed, what to do."""
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """Return what to say of a package of the extra that is missing; None if it is none of them."""
+    package = str(error.name).partition(".")[0]
+    return f'{package} is not installed. Install with: pip install "crosslore[eval]"' if package in PACKAGES else None
 
 
 def counted(number: int, noun: str) -> str:

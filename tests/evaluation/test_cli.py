@@ -297,3 +297,11 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300)
         os.close(writer)
         assert (found.returncode, found.stderr) == (141, "")
+
+
+def test_without_the_extra_every_command_says_what_to_install() -> None:
+    lines = ("sys.modules['numpy'] = None", "from crosslore_eval.__main__ import main", "sys.exit(main(['--help']))")
+    words = [sys.executable, "-c", "; ".join(("import sys", *lines))]
+    found = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == 'error: numpy is not installed. Install with: pip install "crosslore[eval]"\n'

@@ -91,5 +91,6 @@ def begin_compact(item: Item, factors: GradientFactors) -> Iterator[Pending]:
         low = as_dtype(low, state_dtype(low))  # the sum of many is as precise as the moments
         ctx = context_of(None, low, basis, part, method, layout, item.hp, t, name=name)
         if isinstance(method.residual, SparseResidual) and method.residual.active(t):
-            ctx.kept = own.entries(*kept_positions(part, layout))
+            ctx.positions = kept_positions(part, layout)
+            ctx.kept = own.entries(*ctx.positions)
         yield shown(Pending(item, block, method, ctx), factors=own)

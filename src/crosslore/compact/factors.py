@@ -67,9 +67,7 @@ class GradientFactors:
 
     def entries(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Return G[rows, cols], (k,), fp32 or fp64: a product of D and X sampled at these positions."""
-        dtype = state_dtype(self.outputs)
-        outputs, inputs = self.outputs.mT.to(dtype).contiguous(), self.inputs.mT.to(dtype).contiguous()
-        return sampled_product(outputs, inputs, rows, cols)
+        return sampled_product(self.outputs.mT.contiguous(), self.inputs.mT.contiguous(), rows, cols)
 
     def joined(self, other: "GradientFactors") -> "GradientFactors":
         """Return the factors of the sum of two gradients: the tokens of both."""

@@ -132,7 +132,8 @@ class CompactGradients:
             own = factors.take(pending.block)
             pending.ctx.low += own.project(pending.ctx.basis, pending.block.layout)
             if pending.ctx.kept is not None:
-                pending.ctx.kept += own.entries(*kept_positions(pending.ctx.state, pending.block.layout))
+                positions = pending.ctx.positions or kept_positions(pending.ctx.state, pending.block.layout)
+                pending.ctx.kept += own.entries(*positions)
 
     def _add_whole(self, held: Held, grad: Tensor) -> None:
         if not math.isfinite(norm_of(grad)):  # before it is in a sketch, or among what ranks positions

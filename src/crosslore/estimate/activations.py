@@ -15,9 +15,9 @@ entry. A tensor that several operations save counts once.
 For bf16 LLaMA2-7B: 16h + 8h + 8f + 136 = 186,504 a token and layer. Rotary cosines and sines are 2sd a position.
 With gradient checkpointing a layer leaves its input alone, sh; in its backward pass one layer's bytes are there too.
 
-Frozen weights (LoRA, DoRA): layers and norms save no input for them. An adapter saves its input and A's output, r;
-under bf16 autocast, which fp32 adapters on a bf16 model need, each adapter saves its own bf16 copy of the input, and
-without checkpointing bf16 copies of its weights too. DoRA saves the layer's output and the adapter's as well.
+Frozen weights (LoRA, DoRA): layers and norms save no input for them. An adapter saves its input and A's output, r. In
+a bf16 model each fp32 adapter saves its own copy of the input: in bf16 under autocast, where bf16 copies of its weights
+stay too without checkpointing; else in fp32. DoRA saves the layer's output and the adapter's as well.
 
 `tests/unit/test_estimate.py` holds all of it against what `torch.autograd.graph.saved_tensors_hooks` sees.
 """
@@ -83,6 +83,10 @@ class Activations:
     layers: int
     # Final norm and log-probabilities.
     end: int
+    # Of these, what the output layer's backward pass still finds.
+    norm: int
+    # Gradient of the logits in the weights' dtype, a factor of the output layer's gradient.
+    logits: int
     # What computing the loss and its gradient takes beside `end`, at its largest.
     loss: int
     # What the backward pass of one layer takes beside what was saved; with checkpointing its recomputed bytes too.
@@ -103,6 +107,7 @@ def activations(
     checkpointing: bool,
     trained: Trained = "all",
     rank: int = 0,
+    autocast: bool = True,
 ) -> Activations:
     """Return the bytes of activations; see the module's table.
 
@@ -114,10 +119,11 @@ def activations(
         checkpointing: each layer's forward pass is repeated in backward.
         trained: what trains.
         rank: of the adapters.
+        autocast: adapters of a bf16 model are computed in bf16.
     """
     tokens, s = batch * seq, itemsize
-    layer = tokens * layer_bytes(shape, itemsize, trained=trained, rank=rank)
-    copies = _adapter_copies(shape, itemsize, trained, rank)
+    layer = tokens * layer_bytes(shape, itemsize, trained=trained, rank=rank, autocast=autocast)
+    copies = _adapter_copies(shape, itemsize, trained, rank) if autocast else 0
     rotary = 2 * s * shape.head_dim * seq
     # Gradients of gate, up and their product, of the layer's input and its fp32 form in the norm.
     inside = tokens * (3 * s * shape.inner + (4 + s) * shape.hidden)
@@ -126,23 +132,27 @@ def activations(
     return Activations(
         layers=shape.layers * kept + rotary,
         end=tokens * (norm + 4 * shape.vocabulary + 16),
+        norm=tokens * norm,
+        logits=tokens * s * shape.vocabulary,
         # nll_loss' gradient and log_softmax' gradient, fp32, while the log-probabilities are there.
         loss=8 * tokens * shape.vocabulary,
         inside=inside + (layer + copies if checkpointing else 0),
     )
 
 
-def layer_bytes(shape: DecoderShape, itemsize: int, *, trained: Trained = "all", rank: int = 0) -> int:
+def layer_bytes(
+    shape: DecoderShape, itemsize: int, *, trained: Trained = "all", rank: int = 0, autocast: bool = True
+) -> int:
     """Return the bytes that one layer saves for each token."""
     s, h, wide = itemsize, shape.hidden, shape.inner
     attention = s * (2 * shape.query + 2 * shape.key) + 4 * shape.heads
     if trained == "all":
         return 2 * (4 * h + 4 + 2 * s * h) + attention + 4 * s * wide
-    sizes = shape.linear_sizes
-    # In fp32 the input is shared, as without adapters; else each adapter has its own bf16 copy.
-    inputs = s * (2 * h + wide) if s == 4 else 2 * sum(inp for inp, _ in sizes)
-    outputs = 2 * s * sum(out for _, out in sizes) if trained == "dora" else 0
-    return 2 * (4 * h + 4) + attention + 3 * s * wide + inputs + outputs + s * len(sizes) * rank
+    sizes, adapter = shape.linear_sizes, s if autocast else 4  # bytes of an entry in an adapter
+    # In fp32 the input is shared, as without adapters; else each adapter has its own copy.
+    inputs = s * (2 * h + wide) if s == 4 else adapter * sum(inp for inp, _ in sizes)
+    outputs = (s + adapter) * sum(out for _, out in sizes) if trained == "dora" else 0
+    return 2 * (4 * h + 4) + attention + 3 * s * wide + inputs + outputs + adapter * len(sizes) * rank
 
 
 def _adapter_copies(shape: DecoderShape, itemsize: int, trained: Trained, rank: int) -> int:

@@ -3,52 +3,22 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from crosslore.compact.attach import compact_layers, low_rank_weights
+from crosslore.compact.begin import PARKED
 from crosslore.compact.deferred import can_be_deferred
+from crosslore.estimate.at_once import in_rows, row_entries, updates_together, waiting_compact
 from crosslore.estimate.methods import Method, Setting
 from crosslore.estimate.temporaries import dora_temporary_bytes, refresh_bytes
+from crosslore.estimate.tensors import Tensors
 from crosslore.factory import create_optimizer
 from crosslore.items import Item
 from crosslore.memory import block_bytes, item_bytes, state_bytes, state_itemsize
 from crosslore.optimizer import LowRankOptimizer
 from crosslore.targets import embedding_weights, select_targets
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tensors:
-    """Bytes of what a training run holds besides activations."""
-
-    # The model, and adapters.
-    weights: int
-    # Most gradients that live at the same time, in the form in which they are held.
-    gradients: int
-    # Step counters, bases, moments; the residual's share apart.
-    state: int
-    residual: int
-    # Compact updates that wait beside deferred weights.
-    deferred: int
-    # Largest temporary of fitting a basis, one weight at a time.
-    refresh: int
-    # What the loss meets of earlier micro-batches' gradients.
-    carried: int
-    # Whole gradients at the beginning of backward, where all activations are, on top of `carried`.
-    passing: int
-    # Gradients at the end of backward, where no activations are; a tied embedding's three times.
-    ending: int
-    # Temporaries of `step()` besides a refresh: compact gradients and updates of all weights.
-    step: int
-    # What waits in place of R in the first step until all micro-batches are there: every basis is fitted then.
-    first_step: int
-
-    @property
-    def fixed(self) -> int:
-        """What is there all the time."""
-        return self.weights + self.state + self.residual + self.deferred
 
 
 def count(model: nn.Module, method: Method, setting: Setting) -> Tensors:
@@ -64,7 +34,7 @@ def count(model: nn.Module, method: Method, setting: Setting) -> Tensors:
         trained = [p for p in model.parameters() if p.requires_grad]
         found = _full_rank(trained, method, setting, base)
         whole = {id(p): nbytes([p]) for p in trained}
-        return _inside_backward(model, method, setting, found=found, whole=whole, covered=set())
+        return _inside_backward(model, method, setting, found=found, whole=whole, covered=[])
     with _optimizer(model, method, setting) as optimizer:
         return _low_rank(model, optimizer, method, setting)
 
@@ -129,8 +99,11 @@ def _full_rank(trained: list[nn.Parameter], method: Method, setting: Setting, we
         refresh=0,
         carried=whole if setting.accumulation > 1 else 0,
         passing=0,
+        late=whole,
         ending=whole,
-        step=0,
+        head_rows=0,
+        logits_stay=False,
+        step=whole if method.roots else 0,
         first_step=0,
     )
 
@@ -140,7 +113,9 @@ def _adapters(model: nn.Module, method: Method, setting: Setting, base: int) -> 
     dora = method.trained == "dora"
     adapters = adapter_weights(model, setting.rank, dora=dora)
     found = _full_rank(adapters, method, setting, base + nbytes(list(adapters)))
-    return replace(found, passing=dora_temporary_bytes(model, setting.itemsize) if dora else 0)
+    return replace(
+        found, passing=dora_temporary_bytes(model, setting.itemsize, autocast=setting.autocast) if dora else 0
+    )
 
 
 def _low_rank(model: nn.Module, optimizer: LowRankOptimizer, method: Method, setting: Setting) -> Tensors:
@@ -148,15 +123,14 @@ def _low_rank(model: nn.Module, optimizer: LowRankOptimizer, method: Method, set
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     items = [optimizer.item(g, i) for g, size in enumerate(sizes) for i in range(size)]
     low_rank = [item for item in items if item.blocks]
-    covered = _covered(model, optimizer) if method.is_compact else set()
+    covered = _covered(optimizer)
     whole = {id(item.weight): nbytes([item.weight]) for item in items}
     # What a step keeps of a weight's gradient between its micro-batches, and until `step()`.
     kept = whole | {id(i.weight): _compact_bytes(i) for i in low_rank if method.is_layerwise or id(i.weight) in covered}
-    one_at_a_time = method.is_layerwise and setting.accumulation == 1
-    gradients = max(whole.values()) if one_at_a_time else sum(kept.values())
     residual = sum(_residual_bytes(item) for item in low_rank)
     blocks = [(block, item) for item in low_rank for block in item.blocks]
     deferrable = [item for item in low_rank if id(item.weight) in covered and can_be_deferred(item)]
+    gradients = sum(kept.values())
     found = Tensors(
         weights=nbytes(model.parameters()),
         gradients=gradients,
@@ -166,19 +140,25 @@ def _low_rank(model: nn.Module, optimizer: LowRankOptimizer, method: Method, set
         refresh=max((refresh_bytes(block, item.config, item.weight.dtype) for block, item in blocks), default=0),
         carried=gradients if setting.accumulation > 1 else 0,
         passing=0,
+        late=0,
         ending=gradients,
-        step=_step_temporaries(method, setting, sum(math.prod(block.layout.low_shape) for block, _ in blocks)),
+        head_rows=0,
+        logits_stay=False,
+        step=_step_temporaries(method, setting, [_low_entries(item) for item in low_rank]),
         first_step=0
-        if method.is_layerwise or setting.parks
+        if method.is_layerwise or setting.device in PARKED
         else _waiting(low_rank, setting, covered=covered, kept=kept),
     )
-    return _inside_backward(model, method, setting, found=found, whole=whole, covered=covered)
+    found = _inside_backward(model, method, setting, found=found, whole=whole, covered=covered)
+    if not method.is_layerwise or setting.accumulation > 1:
+        return found
+    return _one_at_a_time(model, optimizer, setting, found=found, whole=whole)
 
 
-def _covered(model: nn.Module, optimizer: LowRankOptimizer) -> set[int]:
-    """Return the ids of the weights whose layers hand over R."""
-    layers, _ = compact_layers(model, {id(weight): weight for weight in low_rank_weights(optimizer)})
-    return {id(layer.weight) for layer in layers}
+def _covered(optimizer: LowRankOptimizer) -> list[int]:
+    """Return the ids of the weights whose layers hand over R, in the order of backward."""
+    layers = [] if optimizer.compact is None else optimizer.compact.layers
+    return list(dict.fromkeys(id(layer.weight) for layer in reversed(layers)))
 
 
 def _deferred_bytes(items: list[Item]) -> int:
@@ -205,8 +185,13 @@ def _compact_bytes(item: Item) -> int:
     return total
 
 
+def _low_entries(item: Item) -> int:
+    """Return the entries of R."""
+    return sum(math.prod(block.layout.low_shape) for block in item.blocks)
+
+
 def _inside_backward(
-    model: nn.Module, method: Method, setting: Setting, *, found: Tensors, whole: dict[int, int], covered: set[int]
+    model: nn.Module, method: Method, setting: Setting, *, found: Tensors, whole: dict[int, int], covered: list[int]
 ) -> Tensors:
     """Return the bytes with those of whole gradients inside backward.
 
@@ -219,22 +204,58 @@ def _inside_backward(
     tied = head if len(ends) == 1 else 0
     goes = whole if method.is_layerwise or setting.accumulation > 1 else {w: whole[w] for w in covered}
     formed = max((size for w, size in goes.items() if w not in ends), default=0)
-    alternate = method.is_layerwise and not tied
-    last = tied if method.is_layerwise and setting.accumulation == 1 else found.gradients
     copies = 2 if setting.accumulation == 1 else 3  # the sum of earlier micro-batches is another one
-    return replace(found, passing=max(head, formed) if alternate else head + formed, ending=last + copies * tied)
+    return replace(
+        found,
+        passing=max(head, formed) if method.is_layerwise and not tied else head + formed,
+        late=found.gradients - (0 if tied or not ends else whole.get(ends[0], 0)) + formed,
+        ending=found.gradients + copies * tied,
+    )
 
 
-def _step_temporaries(method: Method, setting: Setting, low: int) -> int:
-    """Return what `step()` holds of compact gradients and updates, all weights together on a GPU."""
-    if not setting.foreach or method.is_layerwise:
+def _one_at_a_time(
+    model: nn.Module, optimizer: LowRankOptimizer, setting: Setting, *, found: Tensors, whole: dict[int, int]
+) -> Tensors:
+    """Return the bytes where weights step inside backward: nothing is held of one that has stepped.
+
+    Compact gradients wait for a few others, and those of embeddings and heads are there in rows.
+    """
+    covered, rows = _covered(optimizer), in_rows(optimizer)
+    items = [optimizer.items.of(weight) for weight in _weights(optimizer, covered)]
+    sizes, entries = [_compact_bytes(item) for item in items], [_low_entries(item) for item in items]
+    waits, left = waiting_compact(entries, setting.device, sizes=sizes)
+    piece = whole | {w: weight.element_size() * row_entries(weight, setting.device) for w, weight in rows.items()}
+    ends = [id(w) for w in embedding_weights(model).values()]
+    first, head = (piece.get(ends[0], 0), piece.get(ends[-1], 0)) if ends else (0, 0)
+    gradients = max(waits, left + first, *(size for w, size in piece.items() if w not in covered))
+    found = replace(found, gradients=gradients, late=0)
+    tied = len(ends) == 1
+    if not ends or ends[-1] not in rows:
+        return replace(found, passing=found.passing + waits, ending=left + (3 * head if tied else first))
+    formed = max((size for w, size in whole.items() if w not in ends), default=0)
+    # A group's updates are as large as what they are made from; nothing is fitted then.
+    ending = left if tied else left + max(left, first)
+    return replace(found, passing=waits + max(formed, waits), ending=ending, head_rows=head, logits_stay=tied)
+
+
+def _weights(optimizer: LowRankOptimizer, ids: list[int]) -> list[Tensor]:
+    """Return the weights of these ids."""
+    by_id = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    return [by_id[one] for one in ids]
+
+
+def _step_temporaries(method: Method, setting: Setting, lows: list[int]) -> int:
+    """Return what `step()` holds of R that it computes, and of the updates of a group of weights."""
+    if method.is_layerwise or (setting.device == "cpu" and not method.is_compact):
         return 0
-    fresh = setting.itemsize if method.gradients == "full" else 0  # R of whole gradients is computed in the step
-    updates = 4 * (3 if (method.rule or setting.rule) == "adamw" else 1)  # N; AdamW's roots and fp32 R too
-    return low * (fresh + updates)
+    group, together = updates_together(lows, setting.device)
+    if method.is_compact:
+        return 4 * together
+    widened = 4 * group if setting.itemsize < 4 and (method.rule or setting.rule) == "adamw" else 0
+    return setting.itemsize * sum(lows) + 4 * together + widened
 
 
-def _waiting(low_rank: list[Item], setting: Setting, *, covered: set[int], kept: dict[int, int]) -> int:
+def _waiting(low_rank: list[Item], setting: Setting, *, covered: list[int], kept: dict[int, int]) -> int:
     """Return the bytes of D and X of all micro-batches, or of G where it is smaller, beyond those of R."""
     if setting.accumulation == 1:
         return 0

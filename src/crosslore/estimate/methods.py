@@ -1,12 +1,13 @@
 """The methods that stand side by side, and the numbers of a training run that decide over memory."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from crosslore.checks import check_bool, check_choice, check_float, check_int
 from crosslore.compact.attach import WEIGHTS, Weights
 from crosslore.config import CHOICES
 from crosslore.estimate.activations import Trained
+from crosslore.estimate.at_once import Device
 from crosslore.estimate.sources import DTYPES
 from crosslore.factory import MODES, Gradients
 from crosslore.presets import get_preset
@@ -41,10 +42,10 @@ class Setting:
     accumulation: int = 1
     # See LowRankConfig.
     embeddings: Literal["full", "lowrank", "frozen"] = "full"
-    # Work on all compact gradients at once, as the optimizer does on a GPU.
-    foreach: bool = True
-    # Gradients that wait for the sum of all micro-batches do so in the host's memory, as on a GPU.
-    parks: bool = True
+    # LoRA and DoRA of a bf16 model train under bf16 autocast, as trainers have it; else peft computes them in fp32.
+    autocast: bool = True
+    # Where it runs: a GPU works on larger groups of compact gradients, and sums of gradients wait in the host's memory.
+    device: Device = "cuda"
     # CUDA context, libraries' work spaces, what the allocator cannot use; GB of 10^9 bytes. Assumed, not measured.
     cuda_gb: float = 0.8
 
@@ -58,7 +59,8 @@ class Setting:
         check_choice("dtype", self.dtype, tuple(DTYPES))
         check_choice("optim", self.rule, RULES)
         check_choice("embeddings", self.embeddings, CHOICES["embeddings"])
-        for name in ("checkpointing", "foreach", "parks"):
+        check_choice("device", self.device, get_args(Device))
+        for name in ("checkpointing", "autocast"):
             check_bool(name, getattr(self, name), hint="It is a switch.")
 
     @property
@@ -80,6 +82,8 @@ class Method:
     weights: Weights = "direct"
     # Takes the place of the setting's rule.
     rule: str | None = None
+    # The step holds the roots of all second moments together: torch's AdamW on a GPU without `fused=True`.
+    roots: bool = False
 
     @property
     def has_rank(self) -> bool:

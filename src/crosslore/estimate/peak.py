@@ -4,7 +4,8 @@ Not all parts meet. A step has three moments, and the largest one is the peak on
 
 - *loss*: all activations, the gradient of the logits, and what earlier micro-batches left of their gradients;
 - *backward*: the same without the logits; the gradient of the layer at hand, and of the output layer, fitting included
-  where weights step inside backward or are compact; with checkpointing one layer's recomputed activations;
+  where weights step inside backward or are compact; with checkpointing one layer's recomputed activations. Or its end,
+  where no activations are but all gradients;
 - *step*: all gradients that are held, and what `step()` takes: a refresh, compact gradients and updates.
 
 With several micro-batches `compact` has a fourth one, *first step*: all bases are fitted to the sum of all
@@ -18,9 +19,10 @@ from typing import Any
 from torch import nn
 
 from crosslore.estimate.activations import Activations, DecoderShape, activations
-from crosslore.estimate.counting import Tensors, count, smallest_side
+from crosslore.estimate.counting import count, smallest_side
 from crosslore.estimate.methods import Method, Setting
 from crosslore.estimate.sources import EstimateError, meta_model
+from crosslore.estimate.tensors import Tensors
 
 GB = 10**9
 GIB = 2**30
@@ -50,10 +52,16 @@ class Estimate:
         held, acts = self.tensors, self.activations
         inside = self.method.is_compact or self.method.is_layerwise  # bases are fitted in backward
         dora = held.passing if self.method.trained == "dora" else 0
-        start = held.carried + acts.layers + acts.inside + held.passing + (held.refresh if inside else 0)
+        fitting = held.refresh if inside else 0
+        # Rows of the output layer's gradient: its factor and what they are formed from, or the factor's magnitudes.
+        rows = acts.logits + max(acts.logits, held.head_rows) if held.head_rows else 0
+        at_head = 0 if held.logits_stay else acts.layers + acts.norm + rows
+        stays = acts.logits if held.logits_stay else 0
+        start = held.carried + acts.layers + acts.inside + held.passing + fitting + stays
+        late = held.late + acts.inside + fitting
         found = {
             "loss": held.carried + acts.saved + acts.loss + dora,
-            "backward": max(start, held.ending),
+            "backward": max(at_head, start, late, held.ending + (rows if held.logits_stay else 0)),
             "step": held.gradients + held.step + (0 if inside else held.refresh),
         }
         if held.first_step:
@@ -114,6 +122,7 @@ class Estimator:
                 checkpointing=checkpointing,
                 trained=method.trained,
                 rank=setting.rank,
+                autocast=setting.autocast,
             )
             for checkpointing in (setting.checkpointing, not setting.checkpointing)
         ]

@@ -6,7 +6,8 @@
 | randomized, l = r + oversampling; power, l = r: products, their QR and their copies | 4 l (3 m + 2 n + 2.5 l) |
 | svd: LAPACK's copy, U, V; its work space is not counted | 4 (m n + m n + n^2) |
 | random, gaussian | 12 r d |
-| DoRA, each layer (in, out): identity, A B, W + A B | 4 in^2 + 12 in out; under bf16 autocast 6 in^2 + 16 in out |
+| DoRA, each layer (in, out): identity, A B, W + A B | 4 in^2 + 12 in out |
+| the same of a bf16 model, W in fp32 too; under autocast the identity in bf16 too | 4 or 6 in^2 + 16 in out |
 """
 
 import math
@@ -40,8 +41,8 @@ def refresh_bytes(block: Block, config: LowRankConfig, dtype: torch.dtype) -> in
     return copies + round(wide * width * (3 * longer + 2 * shorter + 2.5 * width))
 
 
-def dora_temporary_bytes(model: nn.Module, itemsize: int) -> int:
+def dora_temporary_bytes(model: nn.Module, itemsize: int, *, autocast: bool) -> int:
     """Return the most temporary bytes of one layer's forward pass in peft's DoRA."""
-    square, product = (6, 16) if itemsize == 2 else (4, 12)
+    square, product = 6 if itemsize == 2 and autocast else 4, 16 if itemsize == 2 else 12
     shapes = [matrix.shape for matrix in select_targets(model, "all-linear").values()]
     return max(square * cols * cols + product * rows * cols for rows, cols in shapes)

@@ -37,6 +37,8 @@ class StepContext:
     age: int
     # The weight's name, part of the seeds of draws.
     name: str = ""
+    # Rows and columns of the kept positions, where they were needed already.
+    positions: tuple[Tensor, Tensor] | None = None
     # Entries of G_t at the kept positions; None: take them from `grad`.
     kept: Tensor | None = None
     # Returns G_t at rows and columns that are not known yet, where `grad` is None.

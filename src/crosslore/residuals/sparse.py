@@ -52,7 +52,7 @@ class SparseResidual(Residual):
         if ctx.t <= max(1, self.warmup_steps):
             self._warm_up(ctx)
         if ctx.t > self.warmup_steps and any(found is not None for found in (ctx.grad, ctx.kept, ctx.entries)):
-            rows, cols = kept_positions(ctx.state, ctx.layout)
+            rows, cols = ctx.positions or kept_positions(ctx.state, ctx.layout)
             delta = self._delta(update, ctx, rows, cols).mul_(ctx.hp.update_factor)
             for observer in ctx.observers:
                 observer.on_residual(ctx.name, delta)

@@ -143,16 +143,23 @@ class AdamW8bit(Rule):
         """Return M'_t and V'_t, dequantised; the state itself where it is fp32."""
         if "exp_avg_scale" not in state:
             return super().load(state)
-        first, second = (
-            _functional().dequantize_blockwise(
-                state[key].to(state[f"{key}_scale"].device),  # paged codes count as the CPU's
-                absmax=state[f"{key}_scale"],
-                code=_code(key == "exp_avg", state[f"{key}_scale"].device),
-                blocksize=BLOCK_SIZE,
-            )
-            for key in ("exp_avg", "exp_avg_sq")
+        return self._dequantised(state, "exp_avg"), self._dequantised(state, "exp_avg_sq")
+
+    def first_moment(self, state: State) -> Tensor | None:
+        """Return M'_t alone."""
+        return self._dequantised(state, "exp_avg") if "exp_avg_scale" in state else super().first_moment(state)
+
+    def second_moment(self, state: State) -> Tensor | None:
+        """Return V'_t alone."""
+        return self._dequantised(state, "exp_avg_sq") if "exp_avg_scale" in state else super().second_moment(state)
+
+    def _dequantised(self, state: State, key: str) -> Tensor:
+        scale = state[f"{key}_scale"]
+        codes = state[key].to(scale.device)  # paged codes count as the CPU's
+        values: Tensor = _functional().dequantize_blockwise(
+            codes, absmax=scale, code=_code(key == "exp_avg", scale.device), blocksize=BLOCK_SIZE
         )
-        return first, second
+        return values
 
     def store_(self, state: State, first: Tensor | None, second: Tensor | None) -> None:
         """Quantise the moments into the state."""

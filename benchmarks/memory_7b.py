@@ -4,11 +4,13 @@
 
 Nothing is allocated: the model is on torch's meta device, the state is counted by `crosslore.memory.state_bytes`. With
 compact gradients a linear layer's gradient is its R (fp32); G of the weight whose basis is being fitted comes and goes.
-"compact-layerwise" holds one gradient at a time, as "layerwise" does; the largest is an embedding's in both.
+"layerwise" holds one gradient at a time; the largest is an embedding's. "compact-layerwise" holds R of the few weights
+that step together, and rows of an embedding's gradient, as many as on a GPU.
 Activations are not counted: they depend on batch, length and checkpointing.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ import torch
 from torch import nn
 
 from crosslore import LowRankOptimizer, create_optimizer
+from crosslore.compact.rows import rows_weights
+from crosslore.estimate.at_once import row_entries, waiting_compact
 from crosslore.memory import state_bytes
+from crosslore.targets import embedding_weights
 
 OUTPUT = Path(__file__).resolve().parent.parent / "results" / "memory_7b.json"
 MODES = ("full", "layerwise", "compact", "compact-layerwise")
@@ -33,17 +38,23 @@ def model() -> nn.Module:
     return made
 
 
-def gradient_bytes(optimizer: LowRankOptimizer, mode: str) -> int:
-    """Return the most bytes of gradients alive together: all of them at the end of backward, or the largest one."""
-    total = largest = 0
-    for g, group in enumerate(optimizer.param_groups):
-        for i, weight in enumerate(group["params"]):
-            whole = weight.numel() * weight.element_size()
-            blocks = optimizer.item(g, i).blocks
-            compact = sum(4 * torch.Size(block.layout.low_shape).numel() for block in blocks)
-            total += compact if mode == "compact" and blocks else whole if mode != "layerwise" else 0
-            largest = max(largest, whole)
-    return largest if mode.endswith("layerwise") else total
+def gradient_bytes(optimizer: LowRankOptimizer, net: nn.Module, mode: str) -> int:
+    """Return the most bytes of gradients alive together: all of them at the end of backward, or what waits in it."""
+    items = [optimizer.items.of(p) for p in net.parameters() if p.requires_grad]
+    low = {id(item.weight): sum(math.prod(block.layout.low_shape) for block in item.blocks) for item in items}
+    whole = {id(item.weight): item.weight.numel() * item.weight.element_size() for item in items}
+    if mode == "full":
+        return sum(whole.values())
+    if mode == "layerwise":
+        return max(whole.values())
+    if mode == "compact":
+        return sum(4 * low[key] or size for key, size in whole.items())
+    rows = {id(w): w.element_size() * row_entries(w, "cuda") for w in rows_weights(optimizer, net)}
+    pieces = {key: size for key, size in (whole | rows).items() if not low[key]}
+    most, left = waiting_compact([entries for entries in reversed(low.values()) if entries], "cuda")
+    # The input embedding is the last one: R of the last few layers still wait.
+    ends = [pieces.get(id(w), 0) for w in embedding_weights(net).values()]
+    return max(4 * most, 4 * left + ends[0], *pieces.values())
 
 
 def row(preset: str, rank: int, rule: str, embeddings: str) -> dict[str, Any]:
@@ -54,7 +65,7 @@ def row(preset: str, rank: int, rule: str, embeddings: str) -> dict[str, Any]:
         "preset": preset, "rank": rank, "rule": rule, "embeddings": embeddings,
         "weights": sum(p.numel() * p.element_size() for p in net.parameters()),
         "state": state_bytes(optimizer),
-        **{f"gradients_{mode}": gradient_bytes(optimizer, mode) for mode in MODES},
+        **{f"gradients_{mode}": gradient_bytes(optimizer, net, mode) for mode in MODES},
     }  # fmt: skip
 
 

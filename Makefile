@@ -9,10 +9,10 @@ EXTRAS := llamafactory,eval,bnb,dev
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format model webui benchmark ablation data docs docs-serve clean reproduce-all
+.PHONY: help setup demo test check format model webui benchmark ablation data docs docs-serve package clean reproduce-all
 
 help: ## List the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## Install everything into .venv with the tested versions (7 GB, a few minutes; once)
 
@@ -82,6 +82,9 @@ docs: $(STAMP) ## Build the documentation into site/, every link checked
 
 docs-serve: $(STAMP) ## Show the documentation on 127.0.0.1:8000 and rebuild it at every change
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs serve --strict
+
+package: $(STAMP) ## Build wheel and sdist into dist/, their contents and the installed wheel checked
+	$(PY) scripts/check_package.py
 
 clean: ## Remove .venv, the embedded model and training output
 	rm -rf $(VENV) models saves data/prepared

@@ -134,6 +134,44 @@ def test_fewer_backward_passes_than_announced_are_finished_by_step() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+class Breaks(torch.autograd.Function):
+    """Ends a backward pass with an error."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        raise ValueError("broken")
+
+
+def test_what_a_broken_pass_has_left_is_stepped_before_the_next_one_is_taken() -> None:
+    found = []
+    for mode in (LAYERWISE, BOTH):
+        torch.manual_seed(0)
+        first, last = nn.Linear(16, 16).double(), nn.Linear(16, 16).double()
+        options = {"lr": 1e-2, "rank": 4, "random_after": 0}
+        optimizer = create_optimizer(nn.Sequential(first, last), "golore", **options, **mode)
+        x = torch.linspace(-1, 1, 48).double().view(3, 16)
+        with pytest.raises(ValueError, match="broken"):
+            last(Breaks.apply(first(x))).sum().backward()
+        last(first(2 * x).detach()).sum().backward()
+        optimizer.step()
+        assert optimizer.state[last.weight]["step"] == 2
+        found.append(last.weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_weights_step_at_the_end_of_a_pass_after_a_broken_one() -> None:
+    first, last = nn.Linear(16, 16), nn.Linear(16, 16)
+    optimizer = create_optimizer(nn.Sequential(first, last), "golore", lr=1e-2, rank=4, random_after=0, **BOTH)
+    with pytest.raises(ValueError, match="broken"):
+        last(Breaks.apply(first(torch.ones(3, 16)))).sum().backward()
+    first(torch.ones(3, 16)).sum().backward()
+    assert optimizer.state[first.weight]["step"] == optimizer.state[last.weight]["step"] == 1
+
+
 def test_the_norm_is_that_of_what_is_applied() -> None:
     norms = []
     for mode in (COMPACT, BOTH):

@@ -59,9 +59,9 @@ class CompactGradients:
         self.optimizer, self.layers = optimizer, layers
         self.accumulation_steps, self.max_grad_norm = accumulation_steps, max_grad_norm
         self._held: dict[Tensor, Held] = {}
-        # Layerwise: weights whose backward pass is over, which step together.
-        self._ready: list[Held] = []
-        self._ready_entries = 0
+        # Layerwise: weights whose backward pass is over, which step together; the pass that ends with it.
+        self._ready: dict[Tensor, Held] = {}
+        self._ready_entries, self._pass = 0, -1
         # Step of each weight's last refresh: a step that is begun again, after its gradient was dropped, has had it.
         self._refreshed: dict[Tensor, int] = {}
         self._last_norm = 0.0
@@ -96,7 +96,7 @@ class CompactGradients:
 
     def forget(self, *, state_changed: bool = False) -> None:
         """Drop what was handed over, and with another state what is known of the old one."""
-        self._held, self._ready = {}, []
+        self._held, self._ready, self._ready_entries = {}, {}, 0
         if self.layerwise is not None:
             self.layerwise.forget()
         if state_changed:
@@ -111,6 +111,8 @@ class CompactGradients:
     def _take(self, weight: Tensor, factors: GradientFactors) -> None:
         held = self._held.get(weight)
         if held is None:
+            if weight in self._ready:  # another pass has used it already
+                self.finish_ready()
             held = self._held[weight] = Held(self.optimizer.items.of(weight))
         if held.poisoned:
             return
@@ -190,10 +192,11 @@ class CompactGradients:
         """Step one weight with what its layers handed over; within this backward pass, with the next few."""
         held = self._held.pop(weight)
         self._complete(weight, held)
-        if not self._ready:  # at the end of the pass, if not before
+        current = torch._C._current_graph_task_id()
+        if current not in (-1, self._pass):  # at the end of the pass, if not before; -1: `step()` asks, which does it
             torch.autograd.Variable._execution_engine.queue_callback(self.finish_ready)
-            self._ready_entries = 0
-        self._ready.append(held)
+            self._pass = current
+        self._ready[weight] = held
         self._ready_entries += sum(pending.ctx.low.numel() for pending in held.pendings)
         if self._ready_entries >= READY.get(weight.device.type, READY["cpu"]):
             self.finish_ready()
@@ -203,7 +206,7 @@ class CompactGradients:
     def finish_ready(self) -> None:
         """Step the weights whose backward pass is over."""
         if self._ready and self.layerwise is not None:
-            ready, self._ready = self._ready, []
+            ready, self._ready, self._ready_entries = list(self._ready.values()), {}, 0
             self._finish(ready, self.layerwise.clip_(ready))
 
     def _stop_deferring(self, weight: Tensor, name: str) -> None:

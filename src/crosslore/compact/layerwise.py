@@ -55,6 +55,8 @@ class CompactLayerwise:
             self._finish(compact, weight)  # type: ignore[arg-type]
         if compact is not None:
             compact.finish_ready()
+        if self.rows is not None:
+            self.rows.forget()  # what is left is of a backward pass that ended in an error
 
     def _finish(self, compact: "CompactGradients", weight: Tensor) -> None:
         self._passes.pop(weight)

@@ -173,7 +173,8 @@ class EmbeddingFunction(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, padding: int | None) -> Tensor:  # Any: torch's own context
         """Return the rows of the tokens."""
         ctx.save_for_backward(tokens)
-        ctx.owner, ctx.padding = weight, padding
+        ctx.owner = weight
+        ctx.padding = padding if padding is None else padding % weight.shape[0]  # -1: the last row
         return nn.functional.embedding(tokens, weight, padding)
 
     @staticmethod
@@ -203,7 +204,8 @@ class CompactEmbedding(nn.Embedding):
         """Return the rows of the tokens."""
         weight = self.weight
         handed_over = self._own_weight is not None and self._own_weight() is weight
-        if not handed_over or torch.compiler.is_exporting() or not (torch.is_grad_enabled() and weight.requires_grad):
+        wanted = handed_over and is_plain(self) and torch.is_grad_enabled() and weight.requires_grad
+        if not wanted or torch.compiler.is_exporting():
             return super().forward(input)
         y: Tensor = _embedding_forward(input, weight, self.padding_idx)
         return y
@@ -217,6 +219,11 @@ class CompactEmbedding(nn.Embedding):
 def _embedding_forward(tokens: Tensor, weight: Tensor, padding: int | None) -> Tensor:
     y: Tensor = EmbeddingFunction.apply(tokens, weight, padding)  # type: ignore[no-untyped-call]
     return y
+
+
+def is_plain(module: nn.Embedding) -> bool:
+    """Return whether an embedding does nothing but look up, whose gradient is the sum over tokens."""
+    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
 
 
 def reason_not_compact(module: nn.Module) -> str | None:

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from crosslore.accumulation import norm_of
 from crosslore.compact.factors import GradientFactors
 from crosslore.compact.layerwise import Done
-from crosslore.compact.linear import CompactEmbedding, hand_over, hand_over_embedding, reason_not_compact, take_back
+from crosslore.compact.linear import (
+    CompactEmbedding,
+    hand_over,
+    hand_over_embedding,
+    is_plain,
+    reason_not_compact,
+    take_back,
+)
 from crosslore.items import Item, advance
 from crosslore.layerwise import Layerwise
 from crosslore.layout import as_dtype
@@ -46,9 +53,12 @@ class RowGradient:
     def add(self, factors: "GradientFactors | tuple[Tensor, Tensor]") -> None:
         """Take what one use of the weight has left: factors, or token numbers with their output gradients."""
         if isinstance(factors, GradientFactors):
-            self.products.append(factors)
+            if len(factors.outputs):  # a use without a token leaves nothing
+                self.products.append(factors)
             return
         tokens, grads = factors
+        if not tokens.numel():
+            return
         distinct, place = tokens.reshape(-1).unique(return_inverse=True)
         # Torch's own sum over equal tokens, in its order.
         sums = torch.ops.aten.embedding_dense_backward(grads.reshape(len(place), -1), place, len(distinct), -1, False)
@@ -73,7 +83,14 @@ class RowGradient:
         for factors in self.products:
             tokens = factors.outputs.shape[0]
             total += tokens * float(factors.outputs.abs().amax()) * float(factors.inputs.abs().amax())
-        return total + sum(float(sums.abs().amax()) for _, sums in self.lookups if sums.numel())
+        return total + sum(float(sums.abs().amax()) for _, sums in self.lookups)
+
+    def surely_finite(self, weight: Tensor) -> bool:
+        """Return whether no entry and no norm can overflow, in any dtype on the way to the weight's."""
+        dtypes = {weight.dtype, *(factors.outputs.dtype for factors in self.products)}
+        bound, largest = self.bound(), min(torch.finfo(dtype).max for dtype in dtypes)
+        squares = bound * bound * weight.numel()
+        return bound < largest / 2 and squares < torch.finfo(state_dtype(weight)).max  # half: for what rounding adds
 
 
 class RowStepper:
@@ -82,7 +99,8 @@ class RowStepper:
     def __init__(self, optimizer: "LowRankOptimizer", books: Layerwise, modules: dict[Tensor, list[nn.Module]]) -> None:
         """Ask the modules for what their backward has, and autograd for the end of each weight's pass."""
         self._optimizer, self.books, self.modules = ref(optimizer), books, modules
-        self._held: dict[Tensor, RowGradient] = {}
+        # By backward pass and weight: what a pass has left that ended in an error is no part of the next one.
+        self._held: dict[tuple[int, int], RowGradient] = {}
         self._nodes: list[Any] = []  # Any: torch's nodes; alive only as long as somebody holds them
         self._handles: list[Any] = []
         for weight, owners in modules.items():
@@ -98,18 +116,18 @@ class RowStepper:
     def take(self, weight: Tensor, factors: "GradientFactors | tuple[Tensor, Tensor]") -> None:
         """Take what one use of a weight has left."""
         with full_precision():
-            self._held.setdefault(weight, RowGradient()).add(factors)
+            self._held.setdefault(_key(weight), RowGradient()).add(factors)
 
     @torch.no_grad()
     @full_precision()
     def on_pass(self, weight: Tensor) -> None:
         """Step a weight whose backward pass is over; nothing of it changes if its gradient may not be finite."""
-        optimizer, held = self._optimizer(), self._held.pop(weight, None)
+        optimizer, held = self._optimizer(), self._held.pop(_key(weight), None)
         if optimizer is None or (held is None and weight.grad is None):
             return
         item = optimizer.items.of(weight)
         self.books.warn_of_second_step(weight, item.name)
-        if held is None or weight.grad is not None or not held.bound() < torch.finfo(weight.dtype).max:
+        if held is None or weight.grad is not None or not held.surely_finite(weight):
             self._step_whole(item, held)
         else:
             self._step_rows(item, held)
@@ -118,6 +136,8 @@ class RowStepper:
         """Step with the whole gradient: the weight is used elsewhere too, or an entry has to be looked at."""
         weight = item.weight
         grad, weight.grad = weight.grad, None
+        if grad is not None and grad.is_sparse:
+            raise RuntimeError("sparse gradients are not supported. Use nn.Embedding(sparse=False).")
         if held is not None:
             whole = held.rows(0, weight.shape[0], weight)
             grad = whole if grad is None else grad + whole
@@ -172,6 +192,10 @@ class RowStepper:
         self.forget()
 
 
+def _key(weight: Tensor) -> tuple[int, int]:
+    return torch._C._current_graph_task_id(), id(weight)
+
+
 def chunks(weight: Tensor) -> Iterator[slice]:
     """Yield the rows of a weight whose gradient exists at once."""
     limit = AT_ONCE.get(weight.device.type, AT_ONCE["cpu"])
@@ -195,17 +219,20 @@ def rows_weights(optimizer: "LowRankOptimizer", model: nn.Module) -> dict[Tensor
     for g, group in enumerate(optimizer.param_groups):
         for i, weight in enumerate(group["params"]):
             modules = owners.get(id(weight), [])
-            if weight.requires_grad and weight.dim() == 2 and weight.numel() and all(map(_suits, modules)) and modules:
+            if weight.requires_grad and weight.dim() == 2 and weight.numel() and modules and _suit(modules, weight):
                 item = optimizer.item(g, i)
                 if not item.blocks and rule_of(item).elementwise:
                     found[weight] = modules
     return found
 
 
+def _suit(modules: list[nn.Module], weight: Tensor) -> bool:
+    """Return whether all of these modules have it as their weight and can hand over the rows of its gradient."""
+    return all(getattr(module, "weight", None) is weight and _suits(module) for module in modules)
+
+
 def _suits(module: nn.Module) -> bool:
-    """Return whether a module can hand over the rows of its weight's gradient."""
-    if type(module) not in (nn.Embedding, CompactEmbedding):
+    if not isinstance(module, nn.Embedding) or type(module) not in (nn.Embedding, CompactEmbedding):
         return reason_not_compact(module) is None and isinstance(module, nn.Linear)
-    plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
     hooks = module.weight._backward_hooks or getattr(module.weight, "_post_accumulate_grad_hooks", None)
-    return bool(plain and "forward" not in vars(module) and not hooks)
+    return bool(is_plain(module) and "forward" not in vars(module) and not hooks)

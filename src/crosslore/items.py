@@ -74,7 +74,7 @@ class Items:
         weight = self._optimizer.param_groups[g]["params"][i]
         state, found = self._optimizer.state[weight], group.items.get(i)
         if found is None or found.weight is not weight or found.state is not state:
-            blocks = group.plan[i]
+            blocks = group.blocks_of(i)
             found = group.items[i] = Item(
                 weight=weight,
                 state=state,
@@ -82,7 +82,7 @@ class Items:
                 methods=tuple(method_of(group.config, block) for block in blocks),
                 config=group.config,
                 hp=group.hp,
-                name=self.names(g)[i],
+                name=self.name(g, i),
                 group=g,
                 observers=self._optimizer.observers,
             )
@@ -99,7 +99,8 @@ class Items:
     def place(self, weight: Tensor) -> tuple[int, int]:
         """Return the group of a weight and its index there."""
         found, groups = self._places.get(id(weight)), self._optimizer.param_groups
-        if found is None or found[0] >= len(groups) or groups[found[0]]["params"][found[1]] is not weight:
+        there = groups[found[0]]["params"] if found is not None and found[0] < len(groups) else []
+        if found is None or found[1] >= len(there) or there[found[1]] is not weight:
             self._places = {id(p): (g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"])}
             found = self._places.get(id(weight))
         if found is None:
@@ -108,9 +109,12 @@ class Items:
 
     def names(self, g: int) -> Sequence[str]:
         """Return the names of a group's weights."""
-        group = self._optimizer.param_groups[g]
-        given: Sequence[str] | None = group.get("param_names")
-        return given or [f"group{g}.{i}" for i in range(len(group["params"]))]
+        return [self.name(g, i) for i in range(len(self._optimizer.param_groups[g]["params"]))]
+
+    def name(self, g: int, i: int) -> str:
+        """Return the name of weight i of group g."""
+        given: Sequence[str] | None = self._optimizer.param_groups[g].get("param_names")
+        return given[i] if given else f"group{g}.{i}"
 
     def _group(self, g: int) -> "_Group":
         """Return what group g stands for.
@@ -118,7 +122,10 @@ class Items:
         Raises:
             ValueError: if an option that the state depends on was changed while the optimizer runs.
         """
-        group, known = self._optimizer.param_groups[g], self._groups.get(g)
+        groups = self._optimizer.param_groups
+        while len(self._groups) > len(groups):  # a user has removed groups, and may want their weights freed
+            self._groups.popitem()
+        group, known = groups[g], self._groups.get(g)
         options, lr, blocks = _options_of(group), float(group["lr"]), group["blocks"]
         if known is not None and known.lr == lr and known.blocks is blocks and known.options == options:
             return known
@@ -126,7 +133,7 @@ class Items:
         config = known.config if same_plan and known.options == options else LowRankConfig.from_group(group)  # type: ignore[union-attr]
         if same_plan and any(blocks):
             refuse_structural_change(known.config, config)  # type: ignore[union-attr]
-        plan = known.plan if same_plan else [[Block.from_plain(b) for b in plain] for plain in blocks]  # type: ignore[union-attr]
+        plan = known.plan if same_plan else {}  # type: ignore[union-attr]
         self._groups[g] = made = _Group(options, lr, blocks, plan, config, hyper_of(group), {})
         return made
 
@@ -137,12 +144,19 @@ class _Group:
 
     options: tuple[object, ...]
     lr: float
-    # As the group holds them; and built from that.
+    # As the group holds them; and, of each weight, what they were built from with what was built.
     blocks: list[list[dict[str, Any]]]  # Any: see Block.to_plain
-    plan: list[list[Block]]
+    plan: dict[int, tuple[list[dict[str, Any]], list[Block]]]
     config: LowRankConfig
     hp: Hyper
     items: dict[int, Item]
+
+    def blocks_of(self, i: int) -> list[Block]:
+        """Return the blocks of weight i."""
+        plain, found = self.blocks[i], self.plan.get(i)
+        if found is None or found[0] is not plain:
+            found = self.plan[i] = plain, [Block.from_plain(block) for block in plain]
+        return found[1]
 
 
 def steps_done(state: State) -> int:

@@ -6,13 +6,13 @@
 Each row is a method with real training steps, the estimate beside the measurement, in bytes:
 
 - *state*: every tensor that `optimizer.state` leads to, and the compact updates of deferred weights;
-- *gradients*: the most that `.grad` and compact gradients hold: after backward, with several micro-batches after each,
-  and where weights step inside backward whenever a gradient has arrived;
+- *gradients*: the most that `.grad`, compact gradients and rows of a gradient hold: after backward, with several
+  micro-batches after each, and where weights step inside backward whenever a gradient has arrived or some step;
 - *activations*: what autograd has saved after forward, by `saved_tensors_hooks`, weights and their copies left out;
 - *peak*: the most that the CPU's allocator has given out at one moment of a step (forward, backward, `step()`) beyond
   model and state; *first step*: the same of the very first one, which fits all bases, state included.
 
-The CPU has no foreach and no CUDA of its own, so the estimate is asked for neither. LAPACK's work space is not seen.
+The estimate is that of a CPU, whose groups of weights are smaller, without CUDA. LAPACK's work space is not seen.
 """
 
 import argparse
@@ -20,9 +20,11 @@ import gc
 import json
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import real_model
 import torch
@@ -33,6 +35,8 @@ from torch.optim import Optimizer
 
 from crosslore import create_optimizer
 from crosslore.compact.deferred import deferred_of
+from crosslore.compact.gradients import CompactGradients
+from crosslore.compact.rows import RowGradient
 from crosslore.estimate import Estimate, Estimator, Method, Setting, chosen_method
 from crosslore.targets import embedding_weights
 
@@ -74,9 +78,8 @@ def main() -> int:
         if key in rows or args.only not in key:
             continue
         setting = Setting(
-            parks=False,
             batch=2 if args.tiny else 1, seq=16 if args.tiny else 128, rank=4 if args.tiny else 16, dtype="fp32",
-            rule="adamw", accumulation=accumulation, checkpointing=checkpointing, foreach=False, cuda_gb=0.0,
+            rule="adamw", accumulation=accumulation, checkpointing=checkpointing, device="cpu", cuda_gb=0.0,
         )  # fmt: skip
         rows[key] = compared(method, setting, options)
         args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -175,23 +178,44 @@ class Training:
         """Return the most bytes of gradients: of one that comes and goes, or of what micro-batches leave."""
         self.most = 0
         left = []
-        for _ in range(self.setting.accumulation):
-            self.loss().backward()
-            left.append(self.held())
+        with self.looking():
+            for _ in range(self.setting.accumulation):
+                self.loss().backward()
+                left.append(self.held())
         return max(left) if self.setting.accumulation > 1 else max(self.most, left[0])
 
     def held(self) -> int:
         """Return the bytes of all gradients now, whole and compact ones."""
         tensors = [p.grad for p in self.model.parameters() if p.grad is not None]
         for handle in (getattr(self.optimizer, "compact", None), getattr(self.optimizer, "layerwise", None)):
-            held = {**getattr(handle, "_held", {}), **getattr(handle, "_collected", {})}
-            parts = [pending.ctx for one in held.values() for pending in one.pendings]
+            held = [one for name in ("_held", "_collected", "_ready") for one in getattr(handle, name, {}).values()]
+            parts = [pending.ctx for one in held for pending in one.pendings]
             tensors += [t for ctx in parts for t in (ctx.low, ctx.kept) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def look(self, _: Tensor) -> None:
+    def look(self, _: object = None, *, beside: int = 0) -> None:
         """Remember the most that was held."""
-        self.most = max(self.most, self.held())
+        self.most = max(self.most, self.held() + beside)
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Look whenever rows of a gradient are formed, and before compact gradients that have waited step."""
+        rows_of, compact = RowGradient.rows, getattr(self.optimizer, "compact", None)
+
+        def rows(gradient: RowGradient, start: int, stop: int, like: Tensor) -> Tensor:
+            formed = rows_of(gradient, start, stop, like)
+            self.look(beside=formed.numel() * formed.element_size())
+            return formed
+
+        def finish_ready() -> None:
+            self.look()
+            CompactGradients.finish_ready(compact)
+
+        steps = compact is not None and compact.layerwise is not None
+        with patch.object(RowGradient, "rows", rows), ExitStack() as also:
+            if steps:
+                also.enter_context(patch.object(compact, "finish_ready", finish_ready))
+            yield
 
     def state(self) -> int:
         """Return the bytes of the optimizer's tensors and of deferred updates."""
@@ -249,8 +273,10 @@ def attached(model: nn.Module, method: Method, setting: Setting, training: Train
     if method.is_layerwise:  # before the optimizer's own hooks, which free the gradient
         linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} if method.is_compact else set()
         ends = {id(p) for p in embedding_weights(model).values()}
+        # What is compact or comes in rows must be without hooks, and forms no gradient.
+        without = linear | ends if setting.accumulation == 1 and method.is_compact else linear - ends
         for p in model.parameters():
-            if id(p) not in linear - ends:  # a compact layer must be without hooks, and forms no gradient
+            if id(p) not in without:
                 p.register_post_accumulate_grad_hook(training.look)
     trained = [p for p in model.parameters() if p.requires_grad]
     if method.preset is not None:

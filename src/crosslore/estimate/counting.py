@@ -18,7 +18,11 @@ from crosslore.factory import create_optimizer
 from crosslore.items import Item
 from crosslore.memory import block_bytes, item_bytes, state_bytes, state_itemsize
 from crosslore.optimizer import LowRankOptimizer
+from crosslore.residuals.sparse import SparseResidual
 from crosslore.targets import embedding_weights, select_targets
+
+# Bytes of the row and the column of a kept position, which wait beside R.
+POSITION = 2 * torch.int64.itemsize
 
 
 def count(model: nn.Module, method: Method, setting: Setting) -> Tensors:
@@ -98,6 +102,7 @@ def _full_rank(trained: list[nn.Parameter], method: Method, setting: Setting, we
         deferred=0,
         refresh=0,
         carried=whole if setting.accumulation > 1 else 0,
+        positions=0,
         passing=0,
         late=whole,
         ending=whole,
@@ -139,6 +144,7 @@ def _low_rank(model: nn.Module, optimizer: LowRankOptimizer, method: Method, set
         deferred=_deferred_bytes(deferrable) if method.weights == "deferred" else 0,
         refresh=max((refresh_bytes(block, item.config, item.weight.dtype) for block, item in blocks), default=0),
         carried=gradients if setting.accumulation > 1 else 0,
+        positions=POSITION * sum(_kept(item) for item in low_rank if id(item.weight) in covered),
         passing=0,
         late=0,
         ending=gradients,
@@ -175,14 +181,13 @@ def _residual_bytes(item: Item) -> int:
 
 def _compact_bytes(item: Item) -> int:
     """Return the bytes of R and of the gradient at the kept positions, which a step's micro-batches add to."""
-    wide, config = state_itemsize(item.weight.dtype), item.config
-    kept = config.residual == "sparse" and config.residual_ratio > 0
-    total = 0
-    for block in item.blocks:
-        total += wide * math.prod(block.layout.low_shape)
-        if kept and block.residual:
-            total += wide * max(1, round(config.residual_ratio * block.layout.rows * block.layout.cols))
-    return total
+    return state_itemsize(item.weight.dtype) * (_low_entries(item) + _kept(item))
+
+
+def _kept(item: Item) -> int:
+    """Return the number of kept positions."""
+    residuals = [(block.layout, method.residual) for block, method in zip(item.blocks, item.methods, strict=True)]
+    return sum(residual.kept(layout) for layout, residual in residuals if isinstance(residual, SparseResidual))
 
 
 def _low_entries(item: Item) -> int:
@@ -228,7 +233,10 @@ def _one_at_a_time(
     ends = [id(w) for w in embedding_weights(model).values()]
     first, head = (piece.get(ends[0], 0), piece.get(ends[-1], 0)) if ends else (0, 0)
     gradients = max(waits, left + first, *(size for w, size in piece.items() if w not in covered))
-    found = replace(found, gradients=gradients, late=0)
+    found = replace(found, gradients=gradients, late=0, positions=0)
+    # From here on with the positions that wait beside them.
+    sizes = [size + POSITION * _kept(item) for size, item in zip(sizes, items, strict=True)]
+    waits, left = waiting_compact(entries, setting.device, sizes=sizes)
     tied = len(ends) == 1
     if not ends or ends[-1] not in rows:
         return replace(found, passing=found.passing + waits, ending=left + (3 * head if tied else first))

@@ -1,11 +1,17 @@
 """Low precision: stochastic rounding, dtypes of bases and moments."""
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from crosslore import LowRankOptimizer, create_optimizer
+from crosslore.config import Hyper
 from crosslore.kernels.rounding import stochastic_round
+from crosslore.rules.adamw import AdamW
+from crosslore.stepping import full_precision
 
 from .models import tiny_decoder, train
 
@@ -133,3 +139,53 @@ def test_the_callers_autocast_does_not_reach_the_step() -> None:
             optimizer.step()
         ends.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_one_call_of_the_fused_kernel_has_one_dtype_one_device_and_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a GPU it would read the others as what the first is.
+    calls: list[list[torch.dtype]] = []
+    original = torch._fused_adamw_
+
+    def recorded(targets: list[torch.Tensor], *rest: Any, **options: Any) -> None:
+        calls.append([target.dtype for target in targets])
+        original(targets, *rest, **options)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", recorded)
+    rule, hp = AdamW(), Hyper(lr=1.0, scale=1.0, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
+    lows = [torch.full((3, 2), 2.0, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
+    lows += [torch.full((2,), 2.0, dtype=torch.float64), torch.full((4,), 2.0)]
+    updates = rule.update_many(lows, [rule.init(low) for low in lows], [1, 1, 1, 1, 2], hp)
+    assert calls == [[torch.float32] * 2, [torch.float64] * 2, [torch.float32]]
+    for low, update, t in zip(lows, updates, (1, 1, 1, 1, 2), strict=True):
+        torch.testing.assert_close(update, rule.update(low, rule.init(low), t, hp), rtol=0, atol=0)
+
+
+class Raised(Exception):
+    pass
+
+
+def test_full_precision_nests_and_ends_with_an_error_and_in_other_threads() -> None:
+    seen: list[bool] = []
+
+    @full_precision()
+    def inside(depth: int) -> None:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        if depth:
+            with pytest.raises(Raised):
+                inside(depth - 1)
+        raise Raised
+
+    def autocast() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with pytest.raises(Raised):
+                inside(2)
+            seen.append(not torch.is_autocast_enabled("cpu"))
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+    threads = [threading.Thread(target=autocast) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    autocast()
+    assert seen == [False] * 20 and not torch.is_autocast_enabled("cpu")

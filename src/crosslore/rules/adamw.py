@@ -41,18 +41,18 @@ class AdamW(Rule):
     def update_many(
         self, lows: Sequence[Tensor], states: Sequence[State], steps: Sequence[int], hp: Hyper
     ) -> list[Tensor]:
-        """Return the updates of several tensors; those of one step by one call of torch's fused kernel.
+        """Return the updates of several tensors; those alike, of one step, by one call of torch's fused kernel.
 
         With a weight of 0 and a learning rate of -1 that kernel writes N_t itself.
         """
         updates: dict[int, Tensor] = {}
-        by_step: dict[int, list[int]] = {}
+        alike: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}  # the kernel asks the first tensor only
         for i, (low, state, t) in enumerate(zip(lows, states, steps, strict=True)):
             if _suits(state["exp_avg"], state["exp_avg_sq"]):
-                by_step.setdefault(t, []).append(i)
+                alike.setdefault((t, state["exp_avg"].dtype, state["exp_avg"].device), []).append(i)
             else:
                 updates[i] = self._update_unfused(low, state, t, hp)
-        for t, those in by_step.items():
+        for (t, _, _), those in alike.items():
             moments = [states[i]["exp_avg"] for i in those]
             updates |= zip(those, (made := list(map(torch.zeros_like, moments))), strict=True)
             grads = [as_dtype(lows[i], m.dtype).contiguous() for i, m in zip(those, moments, strict=True)]

@@ -26,6 +26,7 @@ from crosslore.compact.linear import (
     reason_not_compact,
     take_back,
 )
+from crosslore.groups import largest_entries
 from crosslore.items import Item, advance
 from crosslore.layerwise import Layerwise
 from crosslore.layout import as_dtype
@@ -79,11 +80,9 @@ class RowGradient:
 
     def bound(self) -> float:
         """Return what no entry exceeds; NaN or infinite if an entry may not be finite."""
-        total = 0.0
-        for factors in self.products:
-            tokens = factors.outputs.shape[0]
-            total += tokens * float(factors.outputs.abs().amax()) * float(factors.inputs.abs().amax())
-        return total + sum(float(sums.abs().amax()) for _, sums in self.lookups)
+        peaks = iter(largest_entries([tensor for one in self.products for tensor in (one.outputs, one.inputs)]))
+        products = sum(len(one.outputs) * next(peaks) * next(peaks) for one in self.products)
+        return products + sum(largest_entries([sums for _, sums in self.lookups if sums.numel()]))
 
     def surely_finite(self, weight: Tensor) -> bool:
         """Return whether no entry and no norm can overflow, in any dtype on the way to the weight's."""

@@ -150,3 +150,37 @@ def test_an_observer_that_comes_later_is_seen() -> None:
     observers = optimizer.item(0, 0).observers
     optimizer.observers.append(object())  # type: ignore[arg-type]
     assert observers is optimizer.item(0, 0).observers is optimizer.observers
+
+
+def resize(weight: nn.Parameter, moments: dict[str, torch.Tensor]) -> None:
+    weight.data = torch.ones(300, 3)
+
+
+def shorten_moments(weight: nn.Parameter, moments: dict[str, torch.Tensor]) -> None:
+    moments["exp_avg_sq"] = moments["exp_avg_sq"][:1]
+
+
+@pytest.mark.parametrize("change", [resize, shorten_moments])
+def test_moments_of_another_size_are_refused_not_written_past_their_end(change: Callable[..., None]) -> None:
+    optimizer = LowRankOptimizer([matrix(3, 3)], lr=1e-2)
+    step(optimizer)
+    (weight,) = optimizer.param_groups[0]["params"]
+    weight.grad = None
+    change(weight, optimizer.state[weight])
+    with pytest.raises(ValueError, match="Build a new optimizer after a weight was resized or moved"):
+        step(optimizer)
+
+
+def test_moments_with_other_strides_take_the_same_step() -> None:
+    ends = []
+    for strides in (False, True):
+        weight = nn.Parameter(torch.arange(12.0).view(3, 4))
+        optimizer = LowRankOptimizer([weight], lr=1e-2)
+        for t in range(3):
+            weight.grad = torch.linspace(-1, 1, 12).view(3, 4) * (t + 1) ** 2
+            optimizer.step()
+            if strides:
+                for key in ("exp_avg", "exp_avg_sq"):
+                    optimizer.state[weight][key] = optimizer.state[weight][key].mT.contiguous().mT
+        ends.append(weight.detach())
+    torch.testing.assert_close(*ends)

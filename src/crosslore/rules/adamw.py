@@ -78,7 +78,13 @@ class AdamW(Rule):
         lr: float,
         weight_decay: float = 0.0,
     ) -> None:
-        """Advance moments (Eq. 7) and add -lr N_t to the targets: torch's kernel, one pass over everything."""
+        """Advance moments (Eq. 7) and add -lr N_t to the targets: torch's kernel, one pass over everything.
+
+        Raises:
+            ValueError: if a target, its gradient and its moments differ in shape, dtype or device.
+        """
+        for alike in zip(targets, grads, first, second, strict=True):
+            _refuse_others(*alike)
         step = torch.full((), float(t), dtype=torch.float32, device=targets[0].device)
         torch._fused_adamw_(
             targets,
@@ -118,7 +124,7 @@ class AdamW(Rule):
     ) -> None:
         """Do one step of a weight at full rank; by torch's fused kernel where weight and moments have one dtype."""
         one_dtype = weight.dtype == grad.dtype == state["exp_avg"].dtype
-        if not (one_dtype and weight.is_contiguous() and weight.device.type in FUSED):
+        if not (one_dtype and weight.is_contiguous() and _suits(state["exp_avg"], state["exp_avg_sq"])):
             return super().step_weight_(weight, grad, state, t, hp, draws=draws)
         decay = hp.weight_decay / hp.scale if hp.decay_order == "before" else 0.0
         moments = [state["exp_avg"]], [state["exp_avg_sq"]]
@@ -135,3 +141,14 @@ class AdamW(Rule):
 def _suits(exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
     """Return whether torch's fused kernel takes these moments."""
     return exp_avg.device.type in FUSED and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()
+
+
+def _refuse_others(target: Tensor, grad: Tensor, first: Tensor, second: Tensor) -> None:
+    """Raise a ValueError for what torch's fused kernel, which sees addresses only, would write past its end."""
+    for name, tensor in (("a gradient", grad), ("a first moment", first), ("a second moment", second)):
+        if (tensor.shape, tensor.dtype, tensor.device) != (target.shape, target.dtype, target.device):
+            raise ValueError(
+                f"a weight or compact gradient of shape {tuple(target.shape)}, {target.dtype}, {target.device} has "
+                f"{name} of shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}. Build a new optimizer after "
+                "a weight was resized or moved."
+            )

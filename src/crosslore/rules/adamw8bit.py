@@ -222,14 +222,6 @@ class PagedAdamW8bit(AdamW8bit):
     paged: ClassVar[bool] = True
     elementwise: ClassVar[bool] = False  # a view of paged codes is not paged
 
-    def state_of_rows(self, state: State, weight: Tensor, rows: slice) -> State:
-        """Return views of codes and of the scales of their blocks."""
-        if "exp_avg_scale" not in state:
-            return super().state_of_rows(state, weight, rows)
-        first, stop = rows.start * weight.shape[1] // BLOCK_SIZE, -(-rows.stop * weight.shape[1] // BLOCK_SIZE)
-        part = {key: state[key][rows] for key in ("exp_avg", "exp_avg_sq")}
-        return part | {f"{key}_scale": state[f"{key}_scale"][first:stop] for key in part}
-
     def _allocate(self, low: Tensor) -> Tensor:
         if low.device.type != "cuda":
             return super()._allocate(low)

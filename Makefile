@@ -9,7 +9,7 @@ EXTRAS := llamafactory,eval,bnb,dev
 PYTEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format model webui benchmark ablation data docs docs-serve package clean reproduce-all
+.PHONY: help setup demo test check format model webui benchmark ablation data docs docs-serve package test-release clean reproduce-all
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -85,6 +85,20 @@ docs-serve: $(STAMP) ## Show the documentation on 127.0.0.1:8000 and rebuild it 
 
 package: $(STAMP) ## Build wheel and sdist into dist/, their contents and the installed wheel checked
 	$(PY) scripts/check_package.py
+
+# Its own environment; the pins but LLaMA-Factory's. A release that contradicts them: CONSTRAINTS=FILE with others.
+CONSTRAINTS ?= constraints.txt
+RELEASE_TESTS ?= tests/integrations tests/scripts/test_configs.py tests/docs/test_fields.py tests/docs/test_code_blocks.py
+RELEASE_VENV := .venv-llamafactory-$(RELEASE)
+
+test-release: ## Test with another LLaMA-Factory in an environment of its own (RELEASE=0.9.5; 7 GB)
+	@test -n "$(RELEASE)" || { echo "Name a release of LLaMA-Factory, e.g. make test-release RELEASE=0.9.5"; exit 2; }
+	test -x $(RELEASE_VENV)/bin/python || $(PYTHON) -m venv $(RELEASE_VENV)
+	grep -v '^llamafactory==' $(CONSTRAINTS) > $(RELEASE_VENV)/constraints.txt
+	$(RELEASE_VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check \
+	  -c $(RELEASE_VENV)/constraints.txt -e ".[$(EXTRAS)]" "llamafactory==$(RELEASE)"
+	$(RELEASE_VENV)/bin/python -m pip check
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RELEASE_VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS) $(RELEASE_TESTS)
 
 clean: ## Remove .venv, the embedded model and training output
 	rm -rf $(VENV) models saves data/prepared

@@ -4,6 +4,7 @@ import email.message
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -84,3 +85,13 @@ def test_a_build_that_fails_says_why(package: ModuleType, tmp_path: Path) -> Non
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     with pytest.raises(SystemExit, match="building failed"):
         package.build(tmp_path, tmp_path / "dist")
+
+
+def test_contributing_names_the_oldest_and_the_newest_llamafactory() -> None:
+    from crosslore.integrations.llamafactory.compat import TESTED
+
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for word, release in (("oldest", TESTED[0]), ("newest", TESTED[-1])):
+        assert f"| {word} | {release} |" in page
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert any(line.startswith("llamafactory") and TESTED[0] in line for line in extras["llamafactory"])

@@ -12,7 +12,7 @@ from crosslore.compact.begin import PARKED
 from crosslore.compact.deferred import can_be_deferred
 from crosslore.estimate.at_once import in_rows, row_entries, updates_together, waiting_compact
 from crosslore.estimate.methods import Method, Setting
-from crosslore.estimate.temporaries import dora_temporary_bytes, refresh_bytes
+from crosslore.estimate.temporaries import bitsandbytes_cpu_bytes, dora_temporary_bytes, refresh_bytes
 from crosslore.estimate.tensors import Tensors
 from crosslore.factory import create_optimizer
 from crosslore.items import Item
@@ -94,6 +94,9 @@ def _full_rank(trained: list[nn.Parameter], method: Method, setting: Setting, we
     """Return the bytes of a rule on whole tensors."""
     group = {"params": [(str(i), p) for i, p in enumerate(trained)], "rule": method.rule or setting.rule}
     whole = nbytes(list(trained))
+    step = whole if method.roots else 0
+    if setting.device == "cpu" and group["rule"] == "adamw8bit":
+        step = bitsandbytes_cpu_bytes(trained, trained[0].element_size())
     return Tensors(
         weights=weights,
         gradients=whole,
@@ -108,7 +111,7 @@ def _full_rank(trained: list[nn.Parameter], method: Method, setting: Setting, we
         ending=whole,
         head_rows=0,
         logits_stay=False,
-        step=whole if method.roots else 0,
+        step=step,
         first_step=0,
     )
 

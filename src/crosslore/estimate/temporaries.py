@@ -1,4 +1,6 @@
-"""The largest temporaries: fitting a basis, DoRA's norms. One weight at a time; what the CPU's allocator showed.
+"""The largest temporaries: fitting a basis, DoRA's norms, 8-bit steps on a CPU. One weight at a time.
+
+What the CPU's allocator showed.
 
 | basis of (m, n), m the longer side, l columns | bytes in fp32 |
 |---|---|
@@ -8,6 +10,7 @@
 | random, gaussian | 12 r d |
 | DoRA, each layer (in, out): identity, A B, W + A B | 4 in^2 + 12 in out |
 | the same of a bf16 model, W in fp32 too; under autocast the identity in bf16 too | 4 or 6 in^2 + 16 in out |
+| bitsandbytes' step on a CPU: both moments, gradient, two for the denominator; a bf16 weight | 20 m n; 24 m n |
 """
 
 import math
@@ -46,3 +49,8 @@ def dora_temporary_bytes(model: nn.Module, itemsize: int, *, autocast: bool) -> 
     square, product = 6 if itemsize == 2 and autocast else 4, 16 if itemsize == 2 else 12
     shapes = [matrix.shape for matrix in select_targets(model, "all-linear").values()]
     return max(square * cols * cols + product * rows * cols for rows, cols in shapes)
+
+
+def bitsandbytes_cpu_bytes(weights: list[nn.Parameter], itemsize: int) -> int:
+    """Return the most temporary bytes of an 8-bit AdamW step, which bitsandbytes does in fp32 on a CPU."""
+    return (24 if itemsize < 4 else 20) * max(weight.numel() for weight in weights)

@@ -2,7 +2,8 @@
 
 Not all parts meet. A step has three moments, and the largest one is the peak on top of weights, state and CUDA:
 
-- *loss*: all activations, the gradient of the logits, and what earlier micro-batches left of their gradients;
+- *loss*: all activations, the gradient of the logits, and what earlier micro-batches left of their gradients; or, just
+  before, the last layer's forward pass with DoRA's norms;
 - *backward*: the same without the logits; the gradient of the layer at hand, and of the output layer, fitting included
   where weights step inside backward or are compact; with checkpointing one layer's recomputed activations. Or its end,
   where no activations are but all gradients;
@@ -61,7 +62,7 @@ class Estimate:
         start = carried + acts.layers + acts.inside + held.passing + fitting + stays
         late = held.late + held.positions + acts.inside + fitting
         found = {
-            "loss": carried + acts.saved + acts.loss + dora,
+            "loss": carried + max(acts.saved + acts.loss, acts.layers + dora),
             "backward": max(at_head, start, late, held.ending + held.positions + (rows if held.logits_stay else 0)),
             "step": held.gradients + held.positions + held.step + (0 if inside else held.refresh),
         }

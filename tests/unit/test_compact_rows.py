@@ -205,11 +205,12 @@ def test_autograd_grad_gets_the_gradient_and_nothing_steps() -> None:
     ids = torch.arange(9)[None]
     weights = [model.model.embed_tokens.weight, model.lm_head.weight]
     wanted = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, weights)
-    create_optimizer(model, "crosslore_plus", lr=1e-3, rank=8, gradients="compact-layerwise")
+    optimizer = create_optimizer(model, "crosslore_plus", lr=1e-3, rank=8, gradients="compact-layerwise")
     before = [w.detach().clone() for w in weights]
     found = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, weights)
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in zip(wanted, found, strict=True))
     assert all(torch.equal(a, w) for a, w in zip(before, weights, strict=True))
+    assert not any(optimizer.state[weight] for weight in weights)  # which is there still to take them
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])

@@ -172,6 +172,18 @@ def test_weights_step_at_the_end_of_a_pass_after_a_broken_one() -> None:
     assert optimizer.state[first.weight]["step"] == optimizer.state[last.weight]["step"] == 1
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_step_after_the_model_was_moved(tied: bool) -> None:
+    # Autograd gives a weight that is cast or moved another node.
+    model = llama(dtype=torch.float32, tie_word_embeddings=tied)
+    optimizer = create_optimizer(model, "crosslore_plus", **PLUS, **BOTH)
+    loss_of(model, 0).backward()
+    before = [p.detach().clone() for p in model.to(torch.bfloat16).to(torch.float32).parameters()]
+    loss_of(model, 1).backward()
+    for old, p in zip(before, model.parameters(), strict=True):
+        assert not torch.equal(old, p) and optimizer.state[p]["step"] == 2
+
+
 def test_the_norm_is_that_of_what_is_applied() -> None:
     norms = []
     for mode in (COMPACT, BOTH):

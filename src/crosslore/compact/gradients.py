@@ -60,7 +60,7 @@ class CompactGradients:
         self.accumulation_steps, self.max_grad_norm = accumulation_steps, max_grad_norm
         self._held: dict[Tensor, Held] = {}
         # Layerwise: weights whose backward pass is over, which step together; the pass that ends with it.
-        self._ready: dict[Tensor, Held] = {}
+        self.ready: dict[Tensor, Held] = {}
         self._ready_entries, self._pass = 0, -1
         # Step of each weight's last refresh: a step that is begun again, after its gradient was dropped, has had it.
         self._refreshed: dict[Tensor, int] = {}
@@ -96,7 +96,7 @@ class CompactGradients:
 
     def forget(self, *, state_changed: bool = False) -> None:
         """Drop what was handed over, and with another state what is known of the old one."""
-        self._held, self._ready, self._ready_entries = {}, {}, 0
+        self._held, self.ready, self._ready_entries = {}, {}, 0
         if self.layerwise is not None:
             self.layerwise.forget()
         if state_changed:
@@ -111,8 +111,8 @@ class CompactGradients:
     def _take(self, weight: Tensor, factors: GradientFactors) -> None:
         held = self._held.get(weight)
         if held is None:
-            if weight in self._ready:  # another pass has used it already
-                self.finish_ready()
+            if self.layerwise is not None:
+                self.layerwise.begin(weight)
             held = self._held[weight] = Held(self.optimizer.items.of(weight))
         if held.poisoned:
             return
@@ -196,7 +196,7 @@ class CompactGradients:
         if current not in (-1, self._pass):  # at the end of the pass, if not before; -1: `step()` asks, which does it
             torch.autograd.Variable._execution_engine.queue_callback(self.finish_ready)
             self._pass = current
-        self._ready[weight] = held
+        self.ready[weight] = held
         self._ready_entries += sum(pending.ctx.low.numel() for pending in held.pendings)
         if self._ready_entries >= READY.get(weight.device.type, READY["cpu"]):
             self.finish_ready()
@@ -205,8 +205,8 @@ class CompactGradients:
     @full_precision()
     def finish_ready(self) -> None:
         """Step the weights whose backward pass is over."""
-        if self._ready and self.layerwise is not None:
-            ready, self._ready, self._ready_entries = list(self._ready.values()), {}, 0
+        if self.ready and self.layerwise is not None:
+            ready, self.ready, self._ready_entries = list(self.ready.values()), {}, 0
             self._finish(ready, self.layerwise.clip_(ready))
 
     def _stop_deferring(self, weight: Tensor, name: str) -> None:

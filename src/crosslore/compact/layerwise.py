@@ -32,12 +32,16 @@ class CompactLayerwise:
         # Steps embeddings and heads, whose gradient is never whole; None with gradient accumulation.
         self.rows: RowStepper | None = None
         self._passes: dict[Tensor, int] = {}
-        self._nodes: list[Any] = []  # Any: torch's nodes; alive only as long as somebody holds them
-        self._handles: list[Any] = []
-        for weight in {id(layer.weight): layer.weight for layer in compact.layers}.values():
-            node = torch.autograd.graph.get_gradient_edge(weight).node
-            self._nodes.append(node)
-            self._handles.append(node.register_hook(Done(WeakMethod(self.on_pass), weight)))
+        self._ends = PassEnds(WeakMethod(self.on_pass))
+        for layer in compact.layers:
+            self._ends.watch(layer.weight)
+
+    def begin(self, weight: Tensor) -> None:
+        """Get ready for the first use of a weight in a backward pass."""
+        self._ends.watch(weight)
+        compact = self._compact()
+        if compact is not None and weight in compact.ready:  # another pass has used it already
+            compact.finish_ready()
 
     def on_pass(self, weight: Tensor) -> None:
         """Count a backward pass that has used a weight; step it if it is the last one of the step."""
@@ -85,9 +89,7 @@ class CompactLayerwise:
     def detach(self) -> None:
         """Step what is left, remove the hooks, and those of the weights with whole gradients."""
         self.finish_micro_batches()
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._nodes = [], []
+        self._ends.remove()
         if self.rows is not None:
             self.rows.detach()
         compact = self._compact()
@@ -95,6 +97,28 @@ class CompactLayerwise:
             compact.layerwise = None  # before the other half comes here again
         if self.books.optimizer.layerwise is self.books:
             self.books.detach()
+
+
+class PassEnds:
+    """Calls with a weight when a backward pass is done with it."""
+
+    def __init__(self, call: WeakMethod[Callable[[Tensor], None]]) -> None:
+        """Begin with no weight."""
+        self._call = call
+        # Any: torch's nodes, alive only as long as somebody holds them, and handles.
+        self._hooks: dict[Tensor, tuple[Any, Any]] = {}
+
+    def watch(self, weight: Tensor) -> None:
+        """Ask autograd; again if it has given the weight another node, as after `model.to`."""
+        node, known = torch.autograd.graph.get_gradient_edge(weight).node, self._hooks.get(weight)
+        if known is None or known[0] is not node:
+            self._hooks[weight] = node, node.register_hook(Done(self._call, weight))
+
+    def remove(self) -> None:
+        """Call no more."""
+        for _, handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
 
 
 class Done:

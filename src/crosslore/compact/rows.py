@@ -9,7 +9,7 @@ micro-batches would have to be kept; then the gradient is whole as everywhere.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakMethod, ref
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from crosslore.accumulation import norm_of
 from crosslore.compact.factors import GradientFactors
-from crosslore.compact.layerwise import Done
+from crosslore.compact.layerwise import PassEnds
 from crosslore.compact.linear import (
     CompactEmbedding,
     hand_over,
@@ -100,21 +100,19 @@ class RowStepper:
         self._optimizer, self.books, self.modules = ref(optimizer), books, modules
         # By backward pass and weight: what a pass has left that ended in an error is no part of the next one.
         self._held: dict[tuple[int, int], RowGradient] = {}
-        self._nodes: list[Any] = []  # Any: torch's nodes; alive only as long as somebody holds them
-        self._handles: list[Any] = []
+        self._ends = PassEnds(WeakMethod(self.on_pass))
         for weight, owners in modules.items():
             for module in owners:
                 if isinstance(module, nn.Linear):
                     hand_over(module, self.take)
                 elif isinstance(module, nn.Embedding):
                     hand_over_embedding(module, self.take)
-            node = torch.autograd.graph.get_gradient_edge(weight).node
-            self._nodes.append(node)
-            self._handles.append(node.register_hook(Done(WeakMethod(self.on_pass), weight)))
+            self._ends.watch(weight)
 
     def take(self, weight: Tensor, factors: "GradientFactors | tuple[Tensor, Tensor]") -> None:
         """Take what one use of a weight has left."""
         with full_precision():
+            self._ends.watch(weight)
             self._held.setdefault(_key(weight), RowGradient()).add(factors)
 
     @torch.no_grad()
@@ -182,9 +180,7 @@ class RowStepper:
 
     def detach(self) -> None:
         """Make the modules ordinary ones again."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._nodes = [], []
+        self._ends.remove()
         for owners in self.modules.values():
             for module in owners:
                 take_back(module)

@@ -17,7 +17,19 @@ def run(*words: str) -> subprocess.CompletedProcess:
 
 def test_every_method_has_its_row_and_is_not_measured_twice(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    words = ("--tiny", "--device", "cpu", "--rank", "8", "--tokens", "16,gsm8k+checkpointing", "--steps", "2", "--out", str(out))
+    words = (
+        "--tiny",
+        "--device",
+        "cpu",
+        "--rank",
+        "8",
+        "--tokens",
+        "16,gsm8k+checkpointing",
+        "--steps",
+        "2",
+        "--out",
+        str(out),
+    )
     assert run(*words, "--methods", "galore-torch,lora").returncode == 0
     assert run(*words, "--methods", "galore-torch,crosslore:deferred").returncode == 0
     rows = json.loads(out.read_text())

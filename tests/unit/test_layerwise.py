@@ -33,9 +33,9 @@ def weights(model: TinyDecoder) -> list[torch.Tensor]:
 
 def test_gradients_are_freed_inside_backward() -> None:
     model = tiny_decoder()
-    create_optimizer(model, **OPTIONS, layerwise=True)
+    optimizer = create_optimizer(model, **OPTIONS, layerwise=True)  # its hooks go with it
     loss_of(model).backward()
-    assert all(p.grad is None for p in model.parameters())
+    assert optimizer.layerwise is not None and all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("rule", ["exact", "guarded"])

@@ -187,10 +187,11 @@ class Training:
     def held(self) -> int:
         """Return the bytes of all gradients now, whole and compact ones."""
         tensors = [p.grad for p in self.model.parameters() if p.grad is not None]
-        for handle in (getattr(self.optimizer, "compact", None), getattr(self.optimizer, "layerwise", None)):
-            held = [one for name in ("_held", "_collected", "_ready") for one in getattr(handle, name, {}).values()]
-            parts = [pending.ctx for one in held for pending in one.pendings]
-            tensors += [t for ctx in parts for t in (ctx.low, ctx.kept) if t is not None]
+        compact, layerwise = (getattr(self.optimizer, name, None) for name in ("compact", "layerwise"))
+        held = [] if compact is None else [*compact._held.values(), *compact.ready.values()]
+        held += [] if layerwise is None else layerwise._collected.values()
+        parts = [pending.ctx for one in held for pending in one.pendings]
+        tensors += [t for ctx in parts for t in (ctx.low, ctx.kept) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def look(self, _: object = None, *, beside: int = 0) -> None:

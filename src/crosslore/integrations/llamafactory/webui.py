@@ -96,38 +96,44 @@ def _switch(gr: Any, value: Any) -> Component:
     return gr.Checkbox(value=value)
 
 
-# Element -> how it is made; row by row.
+# Element -> how it is made; row by row, four in each: with more, help texts are a word wide on a page of 1400 pixels.
 ROWS: tuple[dict[str, Callable[[Any, Any], Component]], ...] = (
     {
         "crosslore_preset": _dropdown(*PRESETS),
         "crosslore_rank": _slider(1, 1024, 1),
         "crosslore_alpha": _slider(0.05, 256, 0.05),
+        "crosslore_refresh_every": _slider(1, 2000, 1),
+    },
+    {
         "crosslore_residual_ratio": _slider(0, 0.2, 0.001),
         "crosslore_warmup_k": _slider(0, 2000, 1),
-        "crosslore_refresh_every": _slider(1, 2000, 1),
+        "crosslore_residual_rule": _dropdown(*CHOICES["residual_rule"]),
+        "crosslore_residual_select": _dropdown(*CHOICES["residual_select"]),
     },
     {
         "crosslore_gradients": _dropdown(*GRADIENTS),
         "crosslore_weights": _dropdown(*WEIGHTS),
         "crosslore_clip": _dropdown("weight", "stale-global"),
+        "crosslore_embeddings": _dropdown(*CHOICES["embeddings"]),
+    },
+    {
         "crosslore_target": _text,
         "crosslore_cross_head_target": _text,
         "crosslore_residual_target": _text,
-    },
-    {
-        "crosslore_residual_rule": _dropdown(*CHOICES["residual_rule"]),
-        "crosslore_residual_select": _dropdown(*CHOICES["residual_select"]),
-        "crosslore_embeddings": _dropdown(*CHOICES["embeddings"]),
-        "crosslore_projector": _dropdown("randomized", "power", "svd", "random", "gaussian"),
-        "crosslore_moments": _dropdown("keep", "rotate", "rotate_first", "reset"),
         "crosslore_head_choice": _dropdown(*CHOICES["head_choice"]),
     },
     {
+        "crosslore_projector": _dropdown("randomized", "power", "svd", "random", "gaussian"),
+        "crosslore_moments": _dropdown("keep", "rotate", "rotate_first", "reset"),
         "crosslore_fit_window": _slider(1, 50, 1),
         "crosslore_random_after": _text,
+    },
+    {
         "crosslore_seed": _text,
         "crosslore_refresh_stagger": _switch,
         "crosslore_stochastic_rounding": _switch,
+    },
+    {
         "crosslore_telemetry": _switch,
         "crosslore_telemetry_every": _slider(1, 1000, 1),
     },

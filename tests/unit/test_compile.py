@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.cpp_extension  # early: it imports setuptools, which fails once something has loaded distutils
 from torch._dynamo.testing import CompileCounter
 
 from crosslore import LowRankOptimizer, create_optimizer

@@ -19,6 +19,7 @@ from crosslore.layout import Block
 from crosslore.observing import all_refreshing
 from crosslore.registry import build_rule
 from crosslore.residuals.base import StepContext
+from crosslore.rules.base import Rule
 from crosslore.step import Method, apply_update_, compact_gradient, fullrank_step, init_state
 
 if TYPE_CHECKING:
@@ -212,8 +213,12 @@ def finish_many(pendings: list[Pending], apply: Callable[[Pending, Tensor], None
 def full_step(item: Item, grad: Tensor) -> None:
     """Do one step of a weight at full rank."""
     t = advance(item.state)
-    rule = build_rule(item.config.rule, eps_placement=item.config.eps_placement)
-    fullrank_step(item.weight, grad, item.state, rule, hyper_of_full_rank(item), t, name=item.name)
+    fullrank_step(item.weight, grad, item.state, rule_of(item), hyper_of_full_rank(item), t, name=item.name)
+
+
+def rule_of(item: Item) -> Rule:
+    """Return the rule of a weight at full rank."""
+    return build_rule(item.config.rule, eps_placement=item.config.eps_placement)
 
 
 def hyper_of_full_rank(item: Item) -> Hyper:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.utils.cpp_extension  # early: it imports setuptools, which fails once something has loaded distutils
+import torch.utils.cpp_extension  # early: after other tests, Inductor's own import of it (setuptools) has failed
 from torch._dynamo.testing import CompileCounter
 
 from crosslore import LowRankOptimizer, create_optimizer

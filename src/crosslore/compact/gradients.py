@@ -9,7 +9,7 @@ staggered, so that in all steps but the first this concerns few weights.
 
 `optimizer.step()` knows the compact gradients of all weights before any weight changes, so `max_grad_norm` limits
 their global norm, that of what is applied. Layerwise (`compact/layerwise.py`) it is the weight's last use in backward
-that ends a step, and what is held of a weight goes at once.
+that ends a step, and what is held of a few weights goes together.
 """
 
 import logging

@@ -1,9 +1,10 @@
 """Compact gradients, layerwise: a weight steps inside backward, when the last layer that uses it has handed over R.
 
-Nothing is held of a weight that has stepped, so of all gradients only one is alive at a time, as in `layerwise`; but
-that of a linear layer is never formed between refreshes. With gradient accumulation a basis that is due is fitted to
-the first micro-batch, so that none waits for the sum. Weights that keep their whole gradient step through
-`crosslore.layerwise`, whose books (norms, the factor of clipping) are those of both.
+Nothing is held of a weight that has stepped. R of a few weights are alive at a time, because they step together; the
+gradient of a linear layer is never formed between refreshes, and that of an embedding never whole (`rows.py`). With
+gradient accumulation a basis that is due is fitted to the first micro-batch, so that none waits for the sum. Weights
+that keep their whole gradient step through `crosslore.layerwise`, whose books (norms, the factor of clipping) are those
+of both.
 """
 
 import math

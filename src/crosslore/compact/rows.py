@@ -30,10 +30,9 @@ from crosslore.groups import largest_entries
 from crosslore.items import Item, advance
 from crosslore.layerwise import Layerwise
 from crosslore.layout import as_dtype
-from crosslore.registry import build_rule
-from crosslore.rules.base import Rule, state_dtype
+from crosslore.rules.base import state_dtype
 from crosslore.step import rounding_draws
-from crosslore.stepping import full_precision, full_step, hyper_of_full_rank
+from crosslore.stepping import full_precision, full_step, hyper_of_full_rank, rule_of
 
 if TYPE_CHECKING:
     from crosslore.optimizer import LowRankOptimizer
@@ -93,7 +92,7 @@ class RowGradient:
 
 
 class RowStepper:
-    """Steps the weights that hand over their gradient in rows; what `attach_rows` returns."""
+    """Steps the weights that hand over their gradient in rows; `attach_compact` makes one."""
 
     def __init__(self, optimizer: "LowRankOptimizer", books: Layerwise, modules: dict[Tensor, list[nn.Module]]) -> None:
         """Ask the modules for what their backward has, and autograd for the end of each weight's pass."""
@@ -197,11 +196,6 @@ def chunks(weight: Tensor) -> Iterator[slice]:
     size = max(ROWS, limit // max(1, weight.shape[1]) // ROWS * ROWS)
     for start in range(0, weight.shape[0], size):
         yield slice(start, min(start + size, weight.shape[0]))
-
-
-def rule_of(item: Item) -> Rule:
-    """Return the rule of a weight at full rank."""
-    return build_rule(item.config.rule, eps_placement=item.config.eps_placement)
 
 
 def rows_weights(optimizer: "LowRankOptimizer", model: nn.Module) -> dict[Tensor, list[nn.Module]]:

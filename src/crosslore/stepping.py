@@ -208,6 +208,7 @@ def finish_many(pendings: list[Pending], apply: Callable[[Pending, Tensor], None
         updates = rule.update_many([ctx.low for ctx in contexts], [ctx.state for ctx in contexts], ages, hp)
         for pending, update in zip(some, updates, strict=True):
             apply(pending, update)
+        del update, updates  # before those of the next group are made
 
 
 def full_step(item: Item, grad: Tensor) -> None:

@@ -2,13 +2,14 @@
 
 import copy
 import threading
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from crosslore import create_optimizer
+from crosslore import create_optimizer, stepping
 
 from .test_compact import llama, loss_of, options_of, train
 
@@ -173,3 +174,33 @@ def test_loss_scaling_that_cannot_be_undone_is_refused() -> None:
     scaler.scale(loss_of(model, 0)).backward()
     with pytest.raises(RuntimeError, match="fit_momentum > 0"):
         scaler.step(momentum)
+
+
+def test_between_backward_and_step_only_values_wait_and_no_positions() -> None:
+    model, optimizer = start("crosslore", warmup_steps=0, **COMPACT)
+    train(optimizer, model, range(2))
+    loss_of(model, 2).backward()
+    waiting = [pending.ctx for held in optimizer.compact._held.values() for pending in held.pendings]
+    values = [ctx for ctx in waiting if ctx.kept is not None]
+    assert values and all(ctx.positions is None for ctx in values)
+
+
+def test_the_updates_of_a_group_are_gone_before_the_next_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = start("plus", **COMPACT)
+    train(optimizer, model, range(2))
+    loss_of(model, 2).backward()
+    monkeypatch.setitem(stepping.AT_ONCE, "cpu", 1)  # a group for each weight
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    rule = type(next(iter(optimizer.compact._held.values())).pendings[0].method.rule)
+    update_many = rule.update_many
+
+    def watched(*args: Any) -> list[torch.Tensor]:
+        alive.append(sum(update() is not None for update in made))
+        updates = update_many(*args)
+        made.extend(weakref.ref(update) for update in updates)
+        return updates
+
+    monkeypatch.setattr(rule, "update_many", watched)
+    optimizer.step()
+    assert len(made) > 2 and alive == [0] * len(alive)

@@ -80,8 +80,14 @@ def residual_starts_now(method: Method, t: int) -> bool:
     return isinstance(method.residual, SparseResidual) and method.residual.warmup_steps == 0 and t == 1
 
 
-def begin_compact(item: Item, factors: GradientFactors) -> Iterator[Pending]:
-    """Yield each block with its compact gradient of the next step; G is not formed. Lines 2-5 of Algorithm 1."""
+def begin_compact(item: Item, factors: GradientFactors, *, keep_positions: bool) -> Iterator[Pending]:
+    """Yield each block with its compact gradient of the next step; G is not formed. Lines 2-5 of Algorithm 1.
+
+    Args:
+        item: the weight.
+        factors: of its gradient.
+        keep_positions: leave rows and columns of the residual's positions for the update, which is near: they are int64.
+    """
     t = steps_done(item.state) + 1
     for block, method in zip(item.blocks, item.methods, strict=True):
         layout, own = block.layout, factors.take(block)
@@ -91,6 +97,7 @@ def begin_compact(item: Item, factors: GradientFactors) -> Iterator[Pending]:
         low = as_dtype(low, state_dtype(low))  # the sum of many is as precise as the moments
         ctx = context_of(None, low, basis, part, method, layout, item.hp, t, name=name)
         if isinstance(method.residual, SparseResidual) and method.residual.active(t):
-            ctx.positions = kept_positions(part, layout)
-            ctx.kept = own.entries(*ctx.positions)
+            positions = kept_positions(part, layout)
+            ctx.kept = own.entries(*positions)
+            ctx.positions = positions if keep_positions else None
         yield shown(Pending(item, block, method, ctx), factors=own)

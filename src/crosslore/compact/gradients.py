@@ -119,7 +119,8 @@ class CompactGradients:
         if held.pendings:
             self._add(held, factors)
         elif not sees_whole(held.item):
-            held.pendings = list(begin_compact(held.item, factors))
+            near = self.layerwise is not None and self.accumulation_steps == 1
+            held.pendings = list(begin_compact(held.item, factors, keep_positions=near))
         elif self.accumulation_steps == 1 or self.layerwise is not None:
             self._begin_whole(held, held.dense(factors), factors)
         else:

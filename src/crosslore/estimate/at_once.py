@@ -35,17 +35,14 @@ def waiting_compact(entries: Sequence[int], device: Device, *, sizes: Sequence[i
     return most, waiting
 
 
-def updates_together(entries: Sequence[int], device: Device) -> tuple[int, int]:
-    """Return the entries of the largest group of updates, and of the most that are alive together.
-
-    The updates of a group live until those of the next one are made.
-    """
+def updates_together(entries: Sequence[int], device: Device) -> int:
+    """Return the entries of the largest group of updates: those of one group are gone before the next are made."""
     groups = [0]
     for count in entries:
         if groups[-1] and groups[-1] + count > AT_ONCE[device]:
             groups.append(0)
         groups[-1] += count
-    return max(groups), max(before + after for before, after in zip([0, *groups], groups, strict=False))
+    return max(groups)
 
 
 def row_entries(weight: Tensor, device: Device) -> int:

@@ -105,7 +105,6 @@ def _full_rank(trained: list[nn.Parameter], method: Method, setting: Setting, we
         deferred=0,
         refresh=0,
         carried=whole if setting.accumulation > 1 else 0,
-        positions=0,
         passing=0,
         late=whole,
         ending=whole,
@@ -147,7 +146,6 @@ def _low_rank(model: nn.Module, optimizer: LowRankOptimizer, method: Method, set
         deferred=_deferred_bytes(deferrable) if method.weights == "deferred" else 0,
         refresh=max((refresh_bytes(block, item.config, item.weight.dtype) for block, item in blocks), default=0),
         carried=gradients if setting.accumulation > 1 else 0,
-        positions=POSITION * sum(_kept(item) for item in low_rank if id(item.weight) in covered),
         passing=0,
         late=0,
         ending=gradients,
@@ -236,7 +234,7 @@ def _one_at_a_time(
     ends = [id(w) for w in embedding_weights(model).values()]
     first, head = (piece.get(ends[0], 0), piece.get(ends[-1], 0)) if ends else (0, 0)
     gradients = max(waits, left + first, *(size for w, size in piece.items() if w not in covered))
-    found = replace(found, gradients=gradients, late=0, positions=0)
+    found = replace(found, gradients=gradients, late=0)
     # From here on with the positions that wait beside them.
     sizes = [size + POSITION * _kept(item) for size, item in zip(sizes, items, strict=True)]
     waits, left = waiting_compact(entries, setting.device, sizes=sizes)
@@ -259,11 +257,11 @@ def _step_temporaries(method: Method, setting: Setting, lows: list[int]) -> int:
     """Return what `step()` holds of R that it computes, and of the updates of a group of weights."""
     if method.is_layerwise or (setting.device == "cpu" and not method.is_compact):
         return 0
-    group, together = updates_together(lows, setting.device)
+    group = updates_together(lows, setting.device)
     if method.is_compact:
-        return 4 * together
+        return 4 * group
     widened = 4 * group if setting.itemsize < 4 and (method.rule or setting.rule) == "adamw" else 0
-    return setting.itemsize * sum(lows) + 4 * together + widened
+    return setting.itemsize * sum(lows) + 4 * group + widened
 
 
 def _waiting(low_rank: list[Item], setting: Setting, *, covered: list[int], kept: dict[int, int]) -> int:

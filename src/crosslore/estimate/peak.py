@@ -58,13 +58,12 @@ class Estimate:
         rows = acts.logits + max(acts.logits, held.head_rows) if held.head_rows else 0
         at_head = 0 if held.logits_stay else acts.layers + acts.norm + rows
         stays = acts.logits if held.logits_stay else 0
-        carried = held.carried + (held.positions if held.carried else 0)
-        start = carried + acts.layers + acts.inside + held.passing + fitting + stays
-        late = held.late + held.positions + acts.inside + fitting
+        start = held.carried + acts.layers + acts.inside + held.passing + fitting + stays
+        late = held.late + acts.inside + fitting
         found = {
-            "loss": carried + max(acts.saved + acts.loss, acts.layers + dora),
-            "backward": max(at_head, start, late, held.ending + held.positions + (rows if held.logits_stay else 0)),
-            "step": held.gradients + held.positions + held.step + (0 if inside else held.refresh),
+            "loss": held.carried + max(acts.saved + acts.loss, acts.layers + dora),
+            "backward": max(at_head, start, late, held.ending + (rows if held.logits_stay else 0)),
+            "step": held.gradients + held.step + (0 if inside else held.refresh),
         }
         if held.first_step:
             found["first step"] = max(found["loss"], found["backward"]) + held.first_step

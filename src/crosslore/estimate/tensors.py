@@ -20,8 +20,6 @@ class Tensors:
     refresh: int
     # What the loss meets of earlier micro-batches' gradients.
     carried: int
-    # Rows and columns of kept positions, which wait beside compact gradients until the step.
-    positions: int
     # Whole gradients at the beginning of backward, where all activations are, on top of `carried`.
     passing: int
     # Gradients near the end of backward, in its last layer: all but the input embedding's.

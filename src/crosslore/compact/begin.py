@@ -86,7 +86,7 @@ def begin_compact(item: Item, factors: GradientFactors, *, keep_positions: bool)
     Args:
         item: the weight.
         factors: of its gradient.
-        keep_positions: leave rows and columns of the residual's positions for the update, which is near: they are int64.
+        keep_positions: leave the rows and columns of the residual for the update, which is near (int64).
     """
     t = steps_done(item.state) + 1
     for block, method in zip(item.blocks, item.methods, strict=True):
@@ -101,3 +101,11 @@ def begin_compact(item: Item, factors: GradientFactors, *, keep_positions: bool)
             ctx.kept = own.entries(*positions)
             ctx.positions = positions if keep_positions else None
         yield shown(Pending(item, block, method, ctx), factors=own)
+
+
+def add_compact_(pending: Pending, own: GradientFactors) -> None:
+    """Add the gradient of a micro-batch, in factors of the block, to a step that has begun; G is not formed."""
+    ctx, layout = pending.ctx, pending.block.layout
+    ctx.low += own.project(ctx.basis, layout)
+    if ctx.kept is not None:
+        ctx.kept += own.entries(*(ctx.positions or kept_positions(ctx.state, layout)))

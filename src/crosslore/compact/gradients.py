@@ -22,13 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from crosslore.accumulation import add_gradient_, keep_compact_parts, norm_of, norms_of, scale_
-from crosslore.compact.begin import Held, begin_compact, entries_of, residual_starts_now, sees_whole
+from crosslore.compact.begin import Held, add_compact_, begin_compact, entries_of, residual_starts_now, sees_whole
 from crosslore.compact.deferred import can_be_deferred, defer, deferred_of, finish_deferred, undefer
 from crosslore.compact.factors import GradientFactors
 from crosslore.compact.layerwise import CompactLayerwise
 from crosslore.compact.linear import hand_over, take_back
 from crosslore.items import advance, steps_done
-from crosslore.residuals.sparse import kept_positions
 from crosslore.stepping import Pending, begin, finish_many, full_precision, wait
 
 if TYPE_CHECKING:
@@ -132,11 +131,7 @@ class CompactGradients:
             self._add_whole(held, held.dense(factors))
             return
         for pending in held.pendings:
-            own = factors.take(pending.block)
-            pending.ctx.low += own.project(pending.ctx.basis, pending.block.layout)
-            if pending.ctx.kept is not None:
-                positions = pending.ctx.positions or kept_positions(pending.ctx.state, pending.block.layout)
-                pending.ctx.kept += own.entries(*positions)
+            add_compact_(pending, factors.take(pending.block))
 
     def _add_whole(self, held: Held, grad: Tensor) -> None:
         if not math.isfinite(norm_of(grad)):  # before it is in a sketch, or among what ranks positions

@@ -7,6 +7,7 @@ A file may hold several configurations (device, threads, dtype, profile); the on
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,19 +49,26 @@ def canvas(heights: Sequence[int], columns: int, rows: list[Row], title: str) ->
     )
     row = rows[-1]
     profile = "" if row["profile"] == "full" else f", {row['profile']} sizes"
-    figure.suptitle(
-        f"{title}\n{row['device']}, {row['threads']} thread(s), {row['dtype']}, torch {row['torch']}, "
-        f"commit {row['commit']}, {row['date'][:10]}{profile}",
-        fontsize=10,
+    conditions = (
+        f"{row['device']}, {row['threads']} thread(s), {row['dtype']}, torch {row['torch']}, "
+        f"commit {row['commit']}, {row['date'][:10]}{profile}"
     )
+    figure.suptitle("\n".join([title, *textwrap.wrap(conditions, 90 * columns)]), fontsize=10)
     return figure, axes
 
 
 def bars(
-    axes: "Axes", names: Sequence[str], values: Sequence[float], *, label: str, colors: Any, form: str = "%.3g"
+    axes: "Axes",
+    names: Sequence[str],
+    values: Sequence[float],
+    *,
+    label: str,
+    colors: Any,
+    form: str = "%.3g",
+    errors: Any = None,
 ) -> None:  # Any: as matplotlib takes them
-    """Draw labelled horizontal bars, the first one on top."""
-    drawn = axes.barh(names, values, color=colors, height=0.72)
+    """Draw labelled horizontal bars, the first one on top; `errors` are lengths to the left and right of the ends."""
+    drawn = axes.barh(names, values, color=colors, height=0.72, xerr=errors, capsize=3)
     axes.bar_label(drawn, fmt=form, padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.14)
@@ -219,8 +227,29 @@ def train_step(rows: list[Row]) -> "Figure":
     return figure
 
 
+def step_ratio(rows: list[Row]) -> "Figure":
+    """Draw what a step costs beside LoRA's, with quartiles."""
+    groups = grouped(rows, "rank")
+    title = "Training step of SmolLM2-135M over LoRA's of the same turn, 1 x 128 tokens"
+    figure, axes = canvas([len(g) for g in groups.values()], 1, rows, title)
+    for (one,), ((rank,), members) in zip(axes, groups.items(), strict=True):
+        members.sort(key=lambda row: float(row["over_lora"]))
+        names = [row["contender"] for row in members]
+        middles, low, high = (numbers(members, f"over_lora{end}") for end in ("", "_low", "_high"))
+        sides = [
+            [m - x for m, x in zip(middles, low, strict=True)],
+            [x - m for m, x in zip(middles, high, strict=True)],
+        ]
+        shades = [PEER if name.startswith((*PEERS, "LoRA")) else OURS for name in names]
+        bars(one, names, middles, label="over LoRA, median and quartiles", colors=shades, form="%.2f", errors=sides)
+        one.axvline(1, color="black", linewidth=0.8)
+        one.set_title(f"rank {rank}", fontsize=10)
+    return figure
+
+
 DRAWINGS = {
-    f.__name__: f for f in (step_time, refresh_time, memory, subspace_error, kept_positions, time_split, train_step)
+    f.__name__: f
+    for f in (step_time, refresh_time, memory, subspace_error, kept_positions, time_split, train_step, step_ratio)
 }
 
 

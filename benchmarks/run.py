@@ -10,6 +10,7 @@
        kept_positions            which positions the sparse residual should keep
     d  time_split                forward, backward and the phases of the optimizer (the paper's Figure 2a)
     e  train_step                whole training steps and their memory beside LoRA, DoRA, AdamW, GaLore and APOLLO
+       step_ratio                the same beside LoRA and AdamW, step for step in one process
 
 Every measurement is on the disk when it is finished: stop with Ctrl-C, and the same command goes on from there. What
 was measured with the same sources, versions, device, threads and sizes is not measured again unless --fresh.
@@ -33,10 +34,10 @@ PARTS = {
     "b": ("memory",),
     "c": ("subspace_error", "kept_positions"),
     "d": ("time_split",),
-    "e": ("train_step",),
+    "e": ("train_step", "step_ratio"),
 }
 # Parts that run the embedded model.
-WITH_MODEL = ("subspace_error", "kept_positions", "time_split", "train_step")
+WITH_MODEL = ("subspace_error", "kept_positions", "time_split", "train_step", "step_ratio")
 
 
 def chosen(text: str | None) -> list[str]:

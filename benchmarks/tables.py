@@ -45,6 +45,11 @@ PARTS = {
         "SmolLM2-135M, batch 1 x 128 tokens: forward, backward and optimizer, refreshes amortised over 200. *Peak*: "
         "MiB of resident memory above the loaded model. *frozen*: embeddings left out, as LoRA leaves them.",
     ),
+    "step_ratio": (
+        "A training step beside LoRA's, step for step",
+        "The same steps, all contenders in one process, a step each in turn, so that a slow moment of the machine is "
+        "one for all: medians of 30 turns, quartiles in brackets.",
+    ),
     "subspace_error": (
         "What a basis misses of a real gradient",
         "|G - G P P^T| / |G|, median over layers (the paper's Figure 2b), on the batch of the fit and on later ones.",
@@ -141,6 +146,18 @@ def train_step(rows: list[Row]) -> Iterator[str]:
             yield f"{row['contender']}: {row['status']}"
 
 
+def step_ratio(rows: list[Row]) -> Iterator[str]:
+    """Yield a table for each rank, fastest first."""
+    for (rank,), members in grouped(rows, "rank").items():
+        lines = []
+        for row in sorted(members, key=lambda row: float(row["over_lora"])):
+            ratio, low, high = (figure(row[name]) for name in ("over_lora", "over_lora_low", "over_lora_high"))
+            lines.append(
+                (row["contender"], figure(row["seconds"]), f"{ratio} ({low} to {high})", figure(row["over_adamw"]))
+            )
+        yield f"**rank {rank}**\n\n{markdown(('', 'seconds', 'over LoRA', 'over AdamW foreach'), lines)}"
+
+
 def subspace_error(rows: list[Row]) -> Iterator[str]:
     """Yield a table for each kind of weight and rank: a row for each basis, a column for each lag."""
     lags = sorted({int(row["lag"]) for row in rows})
@@ -170,7 +187,8 @@ def _percent(row: Row) -> str:
 
 
 TABLES: dict[str, Callable[[list[Row]], Iterator[str]]] = {
-    f.__name__: f for f in (step_time, refresh_time, memory, time_split, train_step, subspace_error, kept_positions)
+    f.__name__: f
+    for f in (step_time, refresh_time, memory, time_split, train_step, step_ratio, subspace_error, kept_positions)
 }
 
 
@@ -192,6 +210,25 @@ def train_7b(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
     for key, row in rows.items():
         if row["status"] != "ok":
             yield f"{key}: {row['status']}"
+
+
+# Settings that `train_7b.py` is meant for.
+MODELS, RANKS, TOKENS = ("7b", "13b"), (16, 128), ("256", "2048", "gsm8k")
+
+
+def not_run(rows: dict[str, dict[str, Any]]) -> str:
+    """Return what of a GPU's settings and methods has no row."""
+    from train_7b import METHODS
+
+    settings = {(row["model"], row["rank"], str(row["tokens"])) for row in rows.values()}
+    planned = ((model, rank, tokens) for model in MODELS for rank in RANKS for tokens in TOKENS)
+    missing = [
+        f"{model}, rank {rank}, {tokens} tokens"
+        for model, rank, tokens in planned
+        if (model, rank, tokens) not in settings
+    ]
+    methods = [method for method in METHODS if method not in {row["method"] for row in rows.values()}]
+    return f"Not run on a GPU yet: {'; '.join(missing)}. Of the methods: {', '.join(methods)}."
 
 
 SEVEN_B = """## LLaMA2-7B on a GPU
@@ -233,7 +270,7 @@ def page(results: Path, root: Path = ROOT) -> str:
     measured = results / "train_7b.json"
     rows_7b = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
     lines += [SEVEN_B, *(f"{table}\n" for table in train_7b(rows_7b))]
-    lines += [] if rows_7b else ["Not measured: needs a GPU.", ""]
+    lines += [not_run(rows_7b), ""] if rows_7b else ["Not measured: needs a GPU.", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -152,10 +152,12 @@ SETUPS: dict[str, Callable[..., Setup]] = {
             ("crosslore", "compact", False),
             ("crosslore", "compact-layerwise", False),
             ("crosslore", "compact", True),
+            ("crosslore", "compact-layerwise", True),
             ("crosslore", "deferred", True),
             ("crosslore_plus", "compact", False),
             ("crosslore_plus", "compact-layerwise", False),
             ("crosslore_plus", "compact", True),
+            ("crosslore_plus", "compact-layerwise", True),
             ("crosslore_plus", "deferred", False),
             ("crosslore_plus", "deferred", True),
         )

@@ -53,7 +53,7 @@ def row(name: str, preset: Preset) -> tuple[str, ...]:
 
 
 def projector(config: LowRankConfig) -> str:
-    text = config.projector if config.random_after != 0 else "random"
+    text = config.first_projector
     if config.cross_head_targets:
         text += f"; one for all heads of {' and '.join(config.cross_head_targets)}"
     if config.fit_momentum:

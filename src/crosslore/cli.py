@@ -207,7 +207,7 @@ def presets(args: argparse.Namespace) -> None:
         staggered = ", staggered" if config.refresh_stagger else ""
         kept = f" {config.residual_ratio:.1%}" if config.residual_ratio else ""
         rows.append([
-            name, config.projector + shared, f"{config.refresh_every}{staggered}", config.moments,
+            name, config.first_projector + shared, f"{config.refresh_every}{staggered}", config.moments,
             f"{config.residual or 'none'}{kept}", config.rule, preset.paper,
         ])  # fmt: skip
     print_table(columns, rows)

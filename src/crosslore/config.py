@@ -99,7 +99,7 @@ class LowRankConfig:
 
     def __post_init__(self) -> None:
         """Check every field; as early as possible, before any weight is touched."""
-        check_int("rank", self.rank, low=1, hint="Use 16, 32, 128 or 256 as the paper does.")
+        check_int("rank", self.rank, low=1, hint="The paper uses 16 to 256, 128 for most 7B models.")
         check_float("scale", self.scale, low=0.0, low_open=True, hint="It is the paper's alpha, e.g. 32.")
         check_int("refresh_every", self.refresh_every, low=1, hint="200 is GaLore's default.")
         check_int("oversampling", self.oversampling, low=0, hint="8 is the default.")
@@ -133,6 +133,11 @@ class LowRankConfig:
         for name in ("cross_head_targets", "residual_targets"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, check_names(name, getattr(self, name)))
+
+    @property
+    def first_projector(self) -> str:
+        """Return the projector of the first basis."""
+        return "random" if self.random_after == 0 else self.projector
 
     def _check_combinations(self) -> None:
         """Refuse parts that do not work together; each message names both and what to change."""

@@ -31,6 +31,14 @@ logger = logging.getLogger(__name__)
 
 # Names of the paper and of the YAML files, where ours differ.
 PAPER_NAMES = {"alpha": "scale", "warmup_k": "warmup_steps"}
+# Names of peft, galore-torch and transformers.
+PEER_NAMES = {
+    "r": "rank",
+    "update_proj_gap": "refresh_every",
+    "proj_type": "projector",
+    "optim": "rule",
+    "learning_rate": "lr",
+}
 Gradients = Literal["full", "layerwise", "compact", "compact-layerwise"]
 MODES: tuple[Gradients, ...] = ("full", "layerwise", "compact", "compact-layerwise")
 # Options of `create_optimizer` itself.
@@ -128,8 +136,8 @@ def _supported(model: nn.Module) -> nn.Module:
     """Return the model itself; raise for what is none, cannot be trained, or steps inside backward already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"create_optimizer takes the model itself, got {type(model).__name__}. Pass `model`.")
-    refuse_other_layerwise(list(model.parameters()))
-    refuse_other_compact(model.parameters())
+    refuse_other_layerwise(list(model.named_parameters()))
+    refuse_other_compact(list(model.named_parameters()))
     model = unwrapped(model)
     _refuse_unsupported(model)
     return model
@@ -199,7 +207,7 @@ def _override(config: LowRankConfig, options: dict[str, Any], overrides: dict[st
     for name in overrides:
         if name not in known and name not in options:
             hint = f" The paper's {name} is `{PAPER_NAMES[name]}` here." if name in PAPER_NAMES else ""
-            hint += " It is `lr`, as in torch.optim." if name == "learning_rate" else ""
+            hint += f" It is `{PEER_NAMES[name]}` here." if name in PEER_NAMES else ""
             raise TypeError(unknown_name("option", name, known | set(options) | OWN_NAMES) + hint)
     if overrides.get("residual_ratio") and config.residual is None:
         config = replace(config, residual="sparse")  # the ratio asks for it; `residual=None` still switches it off

@@ -1,5 +1,7 @@
 """The hooks by which a weight steps inside backward, and what two optimizers must not do to one weight."""
 
+import gc
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import ref
 
@@ -24,14 +26,19 @@ class GradientHook:
             owner.on_gradient(weight)
 
 
-def refuse_other_layerwise(weights: list[Tensor], optimizer: "LowRankOptimizer | None" = None) -> None:
-    """Raise a ValueError if one of the weights steps inside backward for another optimizer than this one."""
-    for weight in weights:
-        hooks = (getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values()
-        owners = [hook.owner() for hook in hooks if isinstance(hook, GradientHook)]
-        other = next((owner for owner in owners if owner is not None), None)
-        if other is not None and other.optimizer is not optimizer:
+def refuse_other_layerwise(weights: Sequence[tuple[str, Tensor]], optimizer: "LowRankOptimizer | None" = None) -> None:
+    """Raise a ValueError if one of the named weights steps inside backward for another optimizer than this one."""
+    if any(_steps_for_other(weight, optimizer) for _, weight in weights):
+        gc.collect()  # an optimizer that nobody holds any more is part of cycles
+    for name, weight in weights:
+        if _steps_for_other(weight, optimizer):
             raise ValueError(
-                f"a weight of shape {tuple(weight.shape)} steps inside backward for another optimizer already. Call "
-                "that one's `layerwise.detach()` first, or load the model anew."
+                f"{name} steps inside backward for another optimizer already. Call that one's `layerwise.detach()` "
+                "first, `del` it, or load the model anew."
             )
+
+
+def _steps_for_other(weight: Tensor, optimizer: "LowRankOptimizer | None") -> bool:
+    hooks = (getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values()
+    owners = [hook.owner() for hook in hooks if isinstance(hook, GradientHook)]
+    return any(owner is not None and owner.optimizer is not optimizer for owner in owners)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from crosslore.checkpoint import check_same_structure, restore_dtypes
 from crosslore.compact.gradients import CompactGradients
-from crosslore.compact.scaler import finish_unscaled
+from crosslore.compact.scaler import finish_unscaled, refuse_loss_scale
 from crosslore.config import LowRankConfig, check_hyper
 from crosslore.groups import default_blocks, plain, refuse_misspelt
 from crosslore.items import Item, Items
@@ -153,6 +153,7 @@ class LowRankOptimizer(Optimizer):
         """
         with torch.enable_grad():
             loss = closure() if closure is not None else None
+        refuse_loss_scale(self)
         if self.layerwise is not None:
             self.layerwise.finish_step()
         if self.compact is not None and not finish_unscaled(self.compact):
@@ -174,8 +175,8 @@ class LowRankOptimizer(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Tell torch's GradScaler to leave the loss scale to `step`: it does not see compact gradients."""
-        return self.compact is not None
+        """Tell torch's GradScaler to leave the loss scale to `step`: it does not see gradients that are taken."""
+        return self.compact is not None or self.layerwise is not None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and what layerwise and compact gradients hold of weights that have not stepped."""

@@ -126,8 +126,7 @@ def select_targets(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str
     if not trained:
         why = "all of them are frozen" if chosen else "the model has no linear layer besides its heads"
         raise ValueError(
-            f"targets={targets!r} selects no linear layer to train: {why}. "
-            f"Linear layers of the model: {existing(found)}."
+            f"targets={targets!r} selects no linear layer to train: {why}. Layers that can be named: {existing(found)}."
         )
     return trained
 

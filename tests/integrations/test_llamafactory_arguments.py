@@ -107,6 +107,14 @@ REFUSED = [
         {"crosslore_weights": "deferred", "crosslore_gradients": "full"},
         "crosslore_weights 'deferred' is for crosslore_gradients 'compact'",
     ),
+    ({"scale": 32}, "unknown field 'scale'.*It is `alpha` in a configuration"),
+    ({"update_proj_gap": 200}, "unknown field 'update_proj_gap'.*It is `crosslore_refresh_every` in a configuration"),
+    ({"crosslore_telemetry": "no"}, "crosslore_telemetry must be True or False, got 'no'"),
+    ({"crosslore_clip": "stale-global"}, "crosslore_clip 'stale-global' is for .*'layerwise'.*, got 'auto'"),
+    (
+        {"crosslore_preset": "apollo", "residual_ratio": None, "crosslore_gradients": "compact"},
+        "crosslore_gradients must be 'full' or 'layerwise' for residual='norm_scaled', got 'compact'",
+    ),
     ({"lora_rank": 4}, "options of other methods: lora_rank=4"),
     ({"lora_rank": 8, "lora_target": "all"}, "options of other methods: lora_rank=8, lora_target='all'"),
     ({"use_galore": True}, "options of other methods: use_galore=True"),
@@ -168,9 +176,35 @@ def test_other_types_get_upstreams_own_class(config: dict, kind: str) -> None:
     assert args.to_dict() == FinetuningArguments(finetuning_type=kind).to_dict() | {"use_mca": False}
 
 
-def test_other_types_refuse_our_fields_as_upstream_does(config: dict) -> None:
-    with pytest.raises(ValueError, match="Some keys are not used by the HfArgumentParser"):
+def test_our_fields_under_another_type_are_named_with_the_type_that_they_need(config: dict) -> None:
+    with pytest.raises(
+        ValueError, match="rank, alpha, .*: these fields are for `finetuning_type: crosslore`, got 'lora'"
+    ):
         get_train_args(config | {"finetuning_type": "lora"})
+
+
+@pytest.mark.parametrize("kind", ["crosslor", "CrossLore", "cross-lore"])
+def test_a_misspelt_type_is_answered_with_the_right_one(config: dict, kind: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"unknown finetuning_type '{kind}'. Did you mean `finetuning_type: crosslore`"
+    ):
+        get_train_args(config | {"finetuning_type": kind})
+    with pytest.raises(ValueError, match=f"unknown finetuning_type '{kind}'"):
+        get_train_args([f"--{name}={value}" for name, value in (config | {"finetuning_type": kind}).items()])
+
+
+def test_a_preset_for_a_type_is_answered_with_both_fields(config: dict) -> None:
+    with pytest.raises(ValueError, match="finetuning_type: crosslore` with `crosslore_preset: crosslore_plus`"):
+        get_train_args(config | {"finetuning_type": "crosslore_plus"})
+
+
+def test_other_wrong_types_and_keys_are_upstreams_to_refuse(config: dict) -> None:
+    ours = ("rank", "alpha", "residual_ratio", "warmup_k", "crosslore_refresh_every")
+    others = {name: value for name, value in config.items() if name not in ours}
+    with pytest.raises(AssertionError, match="Invalid fine-tuning method"):
+        get_train_args(others | {"finetuning_type": "best"})
+    with pytest.raises(ValueError, match="Some keys are not used by the HfArgumentParser"):
+        get_train_args(others | {"finetuning_type": "lora", "rnak": 3})
 
 
 def test_switched_off_the_type_is_unknown_and_nothing_is_loaded() -> None:

@@ -141,6 +141,23 @@ def test_loss_scaling_with_layerwise_is_refused(tmp_path: Path) -> None:
         trainer_optimizer(args, layerwise=True)
 
 
+def test_an_optim_that_is_not_read_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer_optimizer(arguments(tmp_path))
+    assert "is not read" not in caplog.text
+    trainer_optimizer(arguments(tmp_path, optim="adamw_8bit"), rule="adamw8bit")
+    assert "is not read" not in caplog.text
+    trainer_optimizer(arguments(tmp_path, optim="adamw_8bit"))
+    assert "optim='adamw_8bit' is not read" in caplog.text and "rule='adamw8bit'" in caplog.text
+
+
+def test_a_norm_that_the_trainer_clips_by_is_an_argument_of_the_trainer(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="max_grad_norm must be given to TrainingArguments for gradients='full', got 1"
+    ):
+        trainer_optimizer(arguments(tmp_path), max_grad_norm=1.0)
+    assert trainer_optimizer(arguments(tmp_path), gradients="compact", max_grad_norm=2.0)[1]["max_grad_norm"] == 2.0
+
+
 @pytest.mark.parametrize(("name", "what"), [("deepspeed", "DeepSpeed ZeRO"), ("fsdp", "FSDP")])
 def test_sharding_is_refused_by_name(name: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args, plain = arguments(tmp_path), arguments(tmp_path)

@@ -14,7 +14,9 @@ from crosslore import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("galore", "crosslore", "galore-torch", "torch AdamW fused")
-FILES = ("step_time", "refresh_time", "memory", "subspace_error", "kept_positions", "time_split", "train_step")
+FILES = (
+    "step_time", "refresh_time", "memory", "subspace_error", "kept_positions", "time_split", "train_step", "step_ratio",
+)  # fmt: skip
 ENVIRONMENT = {"profile", "device", "threads", "dtype", "torch", "packages", "source", "python", "commit", "date"}
 
 
@@ -91,6 +93,18 @@ def test_step_time_has_the_figures_of_every_contender(bench, finished):
         assert float(row["worst_over_median"]) > 0
     assert float(rows["galore-torch"]["amortised_over_galore_torch"]) == 1
     assert rows["galore-torch"]["cycle"] == "1" and rows["torch AdamW fused"]["cycle"] == "0"
+
+
+def test_step_ratio_divides_by_lora_of_the_same_turn(bench, finished):
+    common, ratio = bench("common"), bench("step_ratio")
+    rows = {row["contender"]: row for row in common.read_rows(finished / "step_ratio.csv")}
+    assert set(rows) == set(ratio.CONTENDERS) and float(rows["LoRA"]["over_lora"]) == 1
+    turns = common.grouped(common.read_rows(finished / "raw" / "step_ratio.csv"), "turn").values()
+    name = "crosslore_plus compact"
+    seconds = [{row["contender"]: float(row["seconds"]) for row in turn} for turn in turns]
+    ratios = sorted(turn[name] / turn["LoRA"] for turn in seconds)
+    assert len(ratios) == 2 and float(rows[name]["over_lora"]) == pytest.approx(sum(ratios) / 2, rel=1e-4)
+    assert ratios[0] <= float(rows[name]["over_lora_low"]) <= float(rows[name]["over_lora_high"]) <= ratios[1]
 
 
 def test_memory_counts_the_state_exactly(bench, finished):

@@ -107,6 +107,7 @@ def test_presets_are_a_table_with_a_row_each(capsys: pytest.CaptureFixture[str])
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["preset", "projector", "refresh", "moments", "residual", "rule", "paper"]
     assert [row.split()[0] for row in rows] == list(PRESETS)
+    assert next(row for row in rows if row.startswith("golore ")).split()[1] == "random"
     assert "sparse 1.2%" in next(row for row in rows if row.startswith("crosslore "))
 
 

@@ -204,3 +204,13 @@ def test_the_updates_of_a_group_are_gone_before_the_next_are_made(monkeypatch: p
     monkeypatch.setattr(rule, "update_many", watched)
     optimizer.step()
     assert len(made) > 2 and alive == [0] * len(alive)
+
+
+@pytest.mark.parametrize(("expected", "passes", "warns"), [(1, 2, True), (1, 1, False), (2, 2, False), (2, 4, False)])
+def test_passes_that_a_basis_is_not_fitted_to_are_warned_of_once(
+    expected: int, passes: int, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, optimizer = start("plus", accumulation_steps=expected, **COMPACT)
+    train(optimizer, model, range(4), parts=passes)
+    found = [record for record in caplog.records if "a second backward pass in a step that fits" in record.message]
+    assert len(found) == warns

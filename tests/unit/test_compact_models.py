@@ -353,8 +353,16 @@ def test_two_modes_at_once_are_refused() -> None:
 def test_a_second_optimizer_on_a_compact_model_is_refused() -> None:
     model = llama()
     first = create_optimizer(model, "crosslore_plus", **PLUS, gradients="compact")
-    with pytest.raises(ValueError, match="hands its gradient to another optimizer already"):
+    with pytest.raises(ValueError, match="q_proj.weight hands its gradient to another optimizer already"):
         create_optimizer(model, "crosslore_plus", **PLUS)
     assert first.compact is not None
     first.compact.detach()
     create_optimizer(model, "crosslore_plus", **PLUS)
+
+
+def test_an_optimizer_that_nobody_holds_is_in_nobodys_way() -> None:
+    model = llama()
+    for mode in ("compact", "compact-layerwise", "compact"):
+        optimizer = create_optimizer(model, "crosslore_plus", **PLUS, gradients=mode)
+        train(optimizer, model, range(2))
+        del optimizer

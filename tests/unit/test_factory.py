@@ -199,7 +199,7 @@ def test_a_model_in_place_of_groups_is_named() -> None:
     [
         ({"layer_wise": True}, "Did you mean 'layerwise'"),
         ({"accumulation_step": 2}, "Did you mean 'accumulation_steps'"),
-        ({"learning_rate": 1e-3}, "It is `lr`, as in torch.optim"),
+        ({"learning_rate": 1e-3}, "It is `lr` here"),
     ],
 )
 def test_a_wrong_name_is_near_the_switches_too(options: dict[str, object], message: str) -> None:

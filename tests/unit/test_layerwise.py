@@ -257,6 +257,23 @@ def test_a_second_layerwise_optimizer_of_the_same_weights_is_refused() -> None:
     create_optimizer(model, **OPTIONS, layerwise=True)
 
 
+def test_an_optimizer_that_nobody_holds_is_in_nobodys_way() -> None:
+    model = tiny_decoder()
+    for _ in range(2):
+        optimizer = create_optimizer(model, **OPTIONS, layerwise=True)
+        optimizer.state_dict()
+        del optimizer
+
+
+def test_loss_scaling_is_refused_by_name() -> None:
+    layer = torch.nn.Linear(16, 16)
+    optimizer = create_optimizer(layer, "galore", lr=1e-3, rank=4, layerwise=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(layer(torch.ones(2, 16)).sum()).backward()
+    with pytest.raises(RuntimeError, match="GradScaler is not for gradients='layerwise'"):
+        scaler.step(optimizer)
+
+
 def test_frozen_weights_have_no_hook_and_later_groups_have() -> None:
     frozen, later = torch.nn.Parameter(torch.ones(3), requires_grad=False), torch.nn.Parameter(torch.ones(3))
     optimizer = LowRankOptimizer([{"params": [frozen]}], lr=0.1)

@@ -76,8 +76,7 @@ def attach_compact(
             refuse_whole_gradients(group["residual"])
     refuse_several_processes("gradients='compact'")
     layers, others = compact_layers(model, {id(weight): weight for weight in low_rank_weights(optimizer)})
-    if not layers:
-        raise ValueError(f"gradients='compact' finds no layer that can be compact: {_counted(others)}. Use 'full'.")
+    _refuse_none(layers, others)
     limits = Limits(accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, clip=clip)
     optimizer.compact = _attached(optimizer, model, layers, limits, deferred=weights == "deferred", layerwise=layerwise)
     optimizer.compact.summary = summary(layers, others, optimizer)
@@ -104,7 +103,7 @@ def _attached(
 ) -> CompactGradients:
     """Return the sinks of these layers and, layerwise, the hooks of all other weights beside them."""
     in_rows = rows_weights(optimizer, model) if layerwise and limits.accumulation_steps == 1 else {}
-    refuse_other_compact(in_rows)
+    refuse_other_compact([(optimizer.items.of(weight).name, weight) for weight in in_rows])
     compact = CompactGradients(
         optimizer,
         layers,
@@ -148,6 +147,13 @@ def compact_layers(model: nn.Module, low_rank: dict[int, Tensor]) -> tuple[list[
         else:
             layers += [module for _, module in owners if isinstance(module, nn.Linear)]
     return layers, others
+
+
+def _refuse_none(layers: list[nn.Linear], others: dict[str, str]) -> None:
+    if not layers:
+        raise ValueError(
+            f"gradients='compact' finds no layer that can be compact: {_counted(others)}. Use 'full' or 'layerwise'."
+        )
 
 
 def refuse_whole_gradients(residual: str | None) -> None:

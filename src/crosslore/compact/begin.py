@@ -1,8 +1,10 @@
 """The beginning of a step whose gradient comes in factors: what must see G, and what does without."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from crosslore.compact.factors import GradientFactors
@@ -12,6 +14,8 @@ from crosslore.residuals.sparse import SparseResidual, kept_positions
 from crosslore.rules.base import state_dtype
 from crosslore.step import Method, context_of
 from crosslore.stepping import Pending, shown
+
+logger = logging.getLogger(__name__)
 
 # Devices whose sums wait in the host's memory: in the first step all bases are due, and their gradients would not fit.
 PARKED = ("cuda",)
@@ -29,6 +33,8 @@ class Held:
     whole: Tensor | None = None
     # A gradient that is not finite was seen whole: the step is skipped.
     poisoned: bool = False
+    # Backward pass in which the step began.
+    began_in: int = field(default_factory=torch._C._current_graph_task_id)
 
     def dense(self, factors: GradientFactors) -> Tensor:
         """Return the gradient as `.grad` would hold it: a product in autocast's dtype, kept in that of the weight."""
@@ -46,6 +52,16 @@ class Held:
         self.factors = factors if self.factors is None else self.factors.joined(factors)
         if self.factors.larger_than_dense:
             self.whole, self.factors = self.dense(self.factors), None
+
+    def warn_of_second_pass(self, warned: set[str]) -> None:
+        """Warn once if a step that has fitted a basis, to all that it was told to expect, goes on in another pass."""
+        if not warned and self.item.due_next() and self.began_in != torch._C._current_graph_task_id():
+            warned.add(self.item.name)
+            logger.warning(
+                "%s: a second backward pass in a step that fits a basis, with accumulation_steps=1: it is fitted "
+                "to the first pass. Set accumulation_steps to the backward passes of a step.",
+                self.item.name,
+            )
 
     def take_sum(self) -> tuple[Tensor | None, GradientFactors | None]:
         """Return the sum, None if there is none, with its factors where they are there; forget both."""

@@ -63,7 +63,7 @@ class CompactGradients:
         self._ready_entries, self._pass = 0, -1
         # Step of each weight's last refresh: a step that is begun again, after its gradient was dropped, has had it.
         self._refreshed: dict[Tensor, int] = {}
-        self._last_norm = 0.0
+        self._last_norm, self._warned = 0.0, set[str]()
         # Several threads may call backward at once.
         self._taking = threading.RLock()
         # Ends a weight's step inside backward; None: `optimizer.step()` does.
@@ -128,6 +128,8 @@ class CompactGradients:
     def _add(self, held: Held, factors: GradientFactors) -> None:
         """Add a micro-batch to a step that has begun."""
         if sees_whole(held.item):
+            if self.layerwise is None:
+                held.warn_of_second_pass(self._warned)
             self._add_whole(held, held.dense(factors))
             return
         for pending in held.pendings:

@@ -1,6 +1,7 @@
 """A linear layer whose backward hands D and X to whoever asked for them, instead of forming the weight's gradient."""
 
-from collections.abc import Callable, Iterable
+import gc
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 from weakref import WeakMethod, ref
 
@@ -251,13 +252,15 @@ def hand_over_embedding(module: nn.Embedding, sink: Sink) -> None:
     _SINKS[module.weight] = WeakMethod(sink)
 
 
-def refuse_other_compact(weights: Iterable[Tensor]) -> None:
-    """Raise a ValueError if one of the weights hands its gradient to an optimizer already."""
-    for weight in weights:
+def refuse_other_compact(weights: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise a ValueError if one of the named weights hands its gradient to an optimizer already."""
+    if any(sink_of(weight) is not None for _, weight in weights):
+        gc.collect()  # an optimizer that nobody holds any more is part of cycles
+    for name, weight in weights:
         if sink_of(weight) is not None:
             raise ValueError(
-                f"a weight of shape {tuple(weight.shape)} hands its gradient to another optimizer already. Call that "
-                "one's `compact.detach()` first, or load the model anew."
+                f"{name} hands its gradient to another optimizer already. Call that one's `compact.detach()` first, "
+                "`del` it, or load the model anew."
             )
 
 

@@ -6,6 +6,17 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from crosslore.compact.gradients import CompactGradients
+    from crosslore.optimizer import LowRankOptimizer
+
+
+def refuse_loss_scale(optimizer: "LowRankOptimizer") -> None:
+    """Raise a RuntimeError if a GradScaler calls the step of an optimizer whose weights step inside backward."""
+    if optimizer.layerwise is not None and hasattr(optimizer, "grad_scale"):
+        mode = "layerwise" if optimizer.compact is None else "compact-layerwise"
+        raise RuntimeError(
+            f"GradScaler is not for gradients={mode!r}: the weights have stepped, with the scaled gradients, before "
+            "the scale is undone. Use bf16 or fp32, or gradients='compact'."
+        )
 
 
 def finish_unscaled(compact: "CompactGradients") -> bool:
@@ -18,11 +29,6 @@ def finish_unscaled(compact: "CompactGradients") -> bool:
     if not hasattr(optimizer, "grad_scale"):
         compact.finish_step()
         return True
-    if compact.layerwise is not None:
-        raise RuntimeError(
-            "GradScaler is not for gradients='compact-layerwise': the weights have stepped, with the scaled "
-            "gradients, before the scale is undone. Use bf16 or fp32, or gradients='compact'."
-        )
     scale, found = optimizer.grad_scale, getattr(optimizer, "found_inf", None)
     if scale is None:
         raise RuntimeError(

@@ -6,6 +6,7 @@
 Checkpoints, resume, accumulation, schedulers and bf16 are the Trainer's own and work as with any optimizer.
 """
 
+import logging
 import os
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import nn
 from crosslore.factory import create_optimizer
 from crosslore.integrations.accelerate import report_true_norm
 from crosslore.optimizer import LowRankOptimizer
+
+logger = logging.getLogger(__name__)
 
 # Modes that take their gradients before a Trainer could clip them, and so clip themselves.
 TAKING = ("compact", "layerwise", "compact-layerwise")
@@ -65,11 +68,17 @@ def trainer_optimizer(
         options["betas"] = (args.adam_beta1, args.adam_beta2)
     if args.adam_epsilon != 1e-8:
         options["eps"] = args.adam_epsilon
+    _warn_of_optim(args, overrides)
     mode = overrides.get("gradients") or ("layerwise" if overrides.get("layerwise") else "full")
     if mode in TAKING:
         options["accumulation_steps"] = args.gradient_accumulation_steps
         options["max_grad_norm"] = args.max_grad_norm or None
         report_true_norm()
+    elif overrides.get("max_grad_norm") is not None:
+        raise ValueError(
+            f"max_grad_norm must be given to TrainingArguments for gradients={mode!r}, got "
+            f"{overrides['max_grad_norm']!r} here: the Trainer clips whole gradients itself. Leave it out here."
+        )
     if str(mode).endswith("layerwise") and args.fp16:
         raise ValueError(
             f"fp16 must be False for gradients={mode!r}: the loss scaling is undone after backward, when the weights "
@@ -77,6 +86,14 @@ def trainer_optimizer(
         )
     _refuse_several(args, mode)
     return OptimizerFactory, {"preset": preset, **options, **overrides}
+
+
+def _warn_of_optim(args: Any, overrides: dict[str, Any]) -> None:  # Any: transformers' TrainingArguments; options
+    """Warn that the Trainer's own choice of an optimizer is not read."""
+    optim = str(getattr(args.optim, "value", args.optim))
+    if optim not in ("adamw_torch", "adamw_torch_fused") and "rule" not in overrides:
+        eight_bit = " For 8-bit moments give rule='adamw8bit' to trainer_optimizer." if "8bit" in optim else ""
+        logger.warning("optim=%r is not read: the optimizer is crosslore's.%s", optim, eight_bit)
 
 
 def _refuse_several(args: Any, mode: str) -> None:  # Any: transformers' TrainingArguments

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from llamafactory.hparams import finetuning_args as upstream
 
-from crosslore.checks import check_choice, check_int
-from crosslore.compact.attach import WEIGHTS
+from crosslore.checks import check_bool, check_choice, check_int
+from crosslore.compact.attach import WEIGHTS, refuse_whole_gradients
 from crosslore.config import ALL_LINEAR, LowRankConfig
 from crosslore.presets import get_preset
 from crosslore.telemetry import EVERY
@@ -123,17 +123,33 @@ class CrossLoreFinetuningArguments(CrossLoreArguments, upstream.FinetuningArgume
         """Check our fields and hand the rest to LLaMA-Factory as `full`."""
         if self.finetuning_type == "crosslore" or self.use_crosslore:
             self.use_crosslore, self.finetuning_type = True, "full"
-            check_choice("crosslore_gradients", self.crosslore_gradients, GRADIENTS)
-            check_choice("crosslore_weights", self.crosslore_weights, WEIGHTS)
-            if self.crosslore_weights == "deferred" and self.crosslore_gradients in ("full", "layerwise"):
-                raise ValueError(
-                    "crosslore_weights 'deferred' is for crosslore_gradients 'compact' (or 'auto'), got "
-                    f"{self.crosslore_gradients!r}. Leave one of them out."
-                )
+            check_bool("crosslore_telemetry", self.crosslore_telemetry, hint="It is a switch.")
             check_int("crosslore_telemetry_every", self.crosslore_telemetry_every, low=1, hint="It is in steps.")
-            check_choice("crosslore_clip", self.crosslore_clip, ("weight", "stale-global"))
             self.crosslore_overrides(training_seed=0)
+            self._check_gradients()
         super().__post_init__()
+
+    def _check_gradients(self) -> None:
+        """Refuse ways in which gradients come that do not go with the other fields."""
+        gradients = self.crosslore_gradients
+        check_choice("crosslore_gradients", gradients, GRADIENTS)
+        check_choice("crosslore_weights", self.crosslore_weights, WEIGHTS)
+        if self.crosslore_weights == "deferred" and gradients in ("full", "layerwise"):
+            raise ValueError(
+                "crosslore_weights 'deferred' is for crosslore_gradients 'compact' (or 'auto'), got "
+                f"{gradients!r}. Leave one of them out."
+            )
+        check_choice("crosslore_clip", self.crosslore_clip, ("weight", "stale-global"))
+        if self.crosslore_clip != "weight" and not gradients.endswith("layerwise"):
+            raise ValueError(
+                f"crosslore_clip {self.crosslore_clip!r} is for crosslore_gradients 'layerwise' and "
+                f"'compact-layerwise', got {gradients!r}, which clips the global norm of the step itself. Leave it out."
+            )
+        if gradients.startswith("compact") or self.crosslore_weights == "deferred":
+            try:
+                refuse_whole_gradients(get_preset(self.crosslore_preset).config.residual)
+            except ValueError as error:
+                raise ValueError(str(error).replace("gradients must", "crosslore_gradients must")) from None
 
     def to_dict(self) -> dict[str, Any]:  # Any: LLaMA-Factory's own type
         """Return the arguments as they are logged and saved, with the type that the user asked for."""
@@ -156,7 +172,7 @@ class CrossLoreFinetuningArguments(CrossLoreArguments, upstream.FinetuningArgume
         try:
             replace(config, **overrides)  # all at once: of fields that belong together one alone may be refused
         except (TypeError, ValueError) as error:
-            raise type(error)(_in_yaml_names(str(error), overrides)) from None
+            raise type(error)(in_yaml_names(str(error), overrides)) from None
         return overrides
 
 
@@ -177,7 +193,7 @@ def refuse_other_methods(given: dict[str, Any]) -> None:  # Any: values of a con
         )
 
 
-def _in_yaml_names(message: str, given: Iterable[str]) -> str:
+def in_yaml_names(message: str, given: Iterable[str]) -> str:
     """Return a message about fields of LowRankConfig with the names that the user wrote."""
     for yaml_name, name in CONFIG_FIELDS.items():
         if name != "rank" and (name in given or message.startswith(name)):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from crosslore.integrations.llamafactory.optimizer import choose_rule
+from crosslore.integrations.llamafactory.resume import skip_incomplete_checkpoints
 
 
 def check_run(parsed: tuple[Any, ...]) -> None:
@@ -26,6 +27,7 @@ def check_run(parsed: tuple[Any, ...]) -> None:
         _check_processes(training, finetuning.crosslore_gradients)
     if training.do_train and finetuning.crosslore_gradients.endswith("layerwise"):
         _check_layerwise(training, finetuning.crosslore_gradients)
+    skip_incomplete_checkpoints(training, finetuning.stage)
 
 
 def check_sharding_keys(args: dict[str, Any]) -> None:  # Any: values of a configuration

@@ -29,6 +29,8 @@ from typing import Any
 from crosslore.integrations.llamafactory import compat
 
 TYPE = "crosslore"
+# Fields of the type that do not start with its name.
+OWN_NAMES = ("rank", "alpha", "residual_ratio", "warmup_k")
 
 
 def patch(module: ModuleType) -> None:
@@ -97,6 +99,8 @@ def _wrap_parse(module: ModuleType, parse: Callable[..., Any]) -> Callable[..., 
         args = module.read_args(args)
         wants_help = isinstance(args, list) and ("-h" in args or "--help" in args)
         if module.FinetuningArguments not in kinds or not (asks_for_type(args) or wants_help):
+            if module.FinetuningArguments in kinds and not allow_extra_keys:
+                _refuse_near_miss(args, {name for kind in kinds for name in kind.__dataclass_fields__})
             return parse(parser, args, allow_extra_keys)
         try:
             compat.require_supported()
@@ -126,11 +130,35 @@ def _wrap_parse(module: ModuleType, parse: Callable[..., Any]) -> Callable[..., 
 
 
 def _refuse_unknown_keys(args: dict[str, Any], known: set[str]) -> None:
+    from crosslore.factory import PEER_NAMES
+    from crosslore.integrations.llamafactory.arguments import CONFIG_FIELDS
+
+    ours = {python_name: yaml_name for yaml_name, python_name in CONFIG_FIELDS.items()}
     for key in args:
         if key not in known:
             near = get_close_matches(str(key), sorted(known), n=3, cutoff=0.6)
             hint = f"Did you mean {' or '.join(near)}?" if near else "See `llamafactory-cli train -h` for all fields."
-            raise ValueError(f"unknown field {key!r} in the configuration. {hint}")
+            here = ours.get(PEER_NAMES.get(str(key), str(key)))
+            raise ValueError(
+                f"unknown field {key!r} in the configuration. {f'It is `{here}` in a configuration.' if here else hint}"
+            )
+
+
+def _refuse_near_miss(args: Any, known: set[str]) -> None:  # Any: a dict from a file, or command-line words
+    """Raise a ValueError for what must have been meant for our type: its name misspelt, or its fields without it."""
+    from crosslore.presets import PRESETS
+
+    given = args if isinstance(args, dict) else option_values(args)
+    kind = str(given.get("finetuning_type", "lora"))
+    if kind in PRESETS or get_close_matches(kind.lower(), [TYPE], cutoff=0.8):
+        preset = f" with `crosslore_preset: {kind}`" if kind in PRESETS else ""
+        raise ValueError(f"unknown finetuning_type {kind!r}. Did you mean `finetuning_type: {TYPE}`{preset}?")
+    ours = [key for key in given if (key in OWN_NAMES or str(key).startswith(f"{TYPE}_")) and key not in known]
+    if ours:
+        raise ValueError(
+            f"{', '.join(ours)}: these fields are for `finetuning_type: {TYPE}`, got {kind!r}. Set that type, or "
+            "remove them."
+        )
 
 
 def _wrap_full_tuning(module: ModuleType, setup: Callable[..., Any]) -> Callable[..., Any]:

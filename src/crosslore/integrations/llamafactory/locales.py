@@ -30,11 +30,11 @@ TEXTS: dict[str, tuple[Text, Text]] = {
     "crosslore_alpha": (
         ("Alpha", "Альфа", "Alpha", "알파", "アルファ"),
         (
-            "Factor on the low-rank update; the effective step is learning rate x alpha.",
-            "Множитель низкорангового обновления; шаг равен скорости обучения x альфа.",
-            "低秩更新的系数；有效步长为学习率 x alpha。",
-            "저랭크 업데이트의 배수. 실제 스텝은 학습률 x 알파입니다.",
-            "低ランク更新の係数。実効ステップは学習率 x アルファ。",
+            "Factor on the update; the step is learning rate x alpha. With 32, take a learning rate of 1e-6 to 3e-5.",
+            "Множитель обновления низкого ранга; шаг равен скорости обучения x альфа. При 32 скорость 1e-6 - 3e-5.",
+            "低秩更新的系数；有效步长为学习率 x alpha。取 32 时学习率为 1e-6 到 3e-5。",
+            "저랭크 업데이트의 배수. 실제 스텝은 학습률 x 알파입니다. 32이면 학습률은 1e-6 ~ 3e-5.",
+            "低ランク更新の係数。実効ステップは学習率 x アルファ。32 では学習率 1e-6 から 3e-5。",
         ),
     ),
     "crosslore_residual_ratio": (

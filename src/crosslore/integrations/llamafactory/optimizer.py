@@ -9,6 +9,7 @@ from torch import nn
 from crosslore.compact.attach import attach_compact
 from crosslore.factory import create_optimizer
 from crosslore.integrations.accelerate import report_true_norm
+from crosslore.integrations.llamafactory.arguments import in_yaml_names
 from crosslore.optimizer import LowRankOptimizer
 from crosslore.presets import get_preset
 from crosslore.registry import unknown_name
@@ -85,8 +86,8 @@ def create_crosslore_optimizer(model: nn.Module, training_args: Any, finetuning_
             rule=rule,
             **options,
         )
-    except ValueError as error:  # its names are those of Python
-        raise ValueError(str(error).replace("`targets`", "`crosslore_target`")) from None
+    except ValueError as error:
+        raise ValueError(in_yaml_names(str(error).replace("`targets`", "`crosslore_target`"), options)) from None
     if gradients in ("auto", "compact", "compact-layerwise"):
         _let_be_compact(optimizer, model, training_args, finetuning_args)
     if finetuning_args.crosslore_telemetry:  # the callback that `run_exp` was given logs it

@@ -100,7 +100,7 @@ def check(parts: Sequence[str], options: Options) -> None:
         raise ValueError(f"--threads must be at least 1, got {options.threads}.")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here. Use --device cpu.")
-    if options.contenders and list(parts) != ["train_step"]:  # which has contenders of its own
+    if options.contenders and not set(parts) <= {"train_step", "step_ratio"}:  # which have contenders of their own
         importlib.import_module("contenders").contenders(options)
     if options.profile != "tiny" and set(parts) & set(WITH_MODEL):
         real_model.check_model()

@@ -5,7 +5,8 @@ process and they take turns, one step each (1 x 128 tokens), in a new order in e
 divided by those of LoRA, and of AdamW, in the same turn.
 
 - *seconds*: median over the turns. Refreshes are staggered, so that every step has its share of them.
-- *over LoRA*, *over AdamW*: medians over the turns of the ratios, with quartiles for LoRA.
+- *over LoRA*, *over AdamW*: medians over the turns of the ratios, with quartiles for LoRA; *mean over LoRA*: the sum of
+  all turns over that of LoRA, in which slow moments count in full.
 
 Which contenders there are: `train_step.py`, which measures memory too and all the peers.
 """
@@ -23,7 +24,8 @@ from train_step import ADAMW, LORA, SETUPS, WARM_UP
 NAME = "step_ratio"
 RAW = ("contender", "rank", "turn", "seconds")
 SUMMARY = (
-    "contender", "rank", "seconds", "over_lora", "over_lora_low", "over_lora_high", "over_adamw", "turns",
+    "contender", "rank", "seconds", "over_lora", "over_lora_low", "over_lora_high", "over_lora_mean", "over_adamw",
+    "turns",
 )  # fmt: skip
 CONTENDERS = (
     LORA,
@@ -43,23 +45,30 @@ CONTENDERS = (
 def run(options: Options) -> None:
     """Measure what is missing and write OUT/step_ratio.csv."""
     with measuring(NAME, RAW, options, summarise) as records:
-        records.drop_partial(CONTENDERS, by=("rank", "turn"))
+        names = chosen(options)
+        records.drop_partial(names, by=("rank", "turn"))
         for rank in options.pick(full=(16, 128), quick=(16,), tiny=(4,)):
             done = {int(row["turn"]) for row in records.select(rank=rank)}
             missing = [turn for turn in range(options.pick(full=30, quick=8, tiny=2)) if turn not in done]
             if missing:
-                measure(rank, missing, options, records)
+                measure(rank, names, missing, options, records)
 
 
-def measure(rank: int, turns: list[int], options: Options, records: Records) -> None:
+def chosen(options: Options) -> tuple[str, ...]:
+    """Return the contenders: those that are asked for, and the two that others are compared with."""
+    wanted = CONTENDERS if options.contenders is None else (LORA, ADAMW, *options.contenders)
+    return tuple(name for name in CONTENDERS if name in wanted)
+
+
+def measure(rank: int, names: tuple[str, ...], turns: list[int], options: Options, records: Records) -> None:
     """Let all contenders take their turns."""
     torch.set_num_threads(options.threads)
-    steps = {name: stepper(name, rank, options) for name in CONTENDERS}
+    steps = {name: stepper(name, rank, options) for name in names}
     for _ in tqdm(range(1 + WARM_UP), desc=f"{NAME}, rank {rank}, warm-up", disable=None):
         for step in steps.values():
             step()
     for turn in tqdm(turns, desc=f"{NAME}, rank {rank}", disable=None):
-        for name in random.Random(f"{rank} {turn}").sample(CONTENDERS, len(CONTENDERS)):
+        for name in random.Random(f"{rank} {turn}").sample(names, len(names)):
             start = time.perf_counter()
             steps[name]()
             records.append(contender=name, rank=rank, turn=turn, seconds=time.perf_counter() - start)
@@ -92,9 +101,11 @@ def summarise(records: Records, options: Options) -> None:
             seconds: dict[str, dict[str, float]] = {}
             for row in mine:
                 seconds.setdefault(str(row["turn"]), {})[str(row["contender"])] = float(row["seconds"])
-            whole = [turn for turn in seconds.values() if len(turn) == len(CONTENDERS)]
+            names = max(seconds.values(), key=len)
+            whole = [turn for turn in seconds.values() if len(turn) == len(names)]
             if len(whole) > 1:  # quartiles of less are none
-                rows += [{**summary(name, whole), "rank": rank, **of_environment(mine)} for name in CONTENDERS]
+                ran = [name for name in CONTENDERS if name in names]
+                rows += [{**summary(name, whole), "rank": rank, **of_environment(mine)} for name in ran]
     write_rows(options.out / f"{NAME}.csv", rows, (*SUMMARY, *ENVIRONMENT))
 
 
@@ -108,6 +119,7 @@ def summary(name: str, turns: list[dict[str, float]]) -> Row:
         "over_lora": shown(middle),
         "over_lora_low": shown(low),
         "over_lora_high": shown(high),
+        "over_lora_mean": shown(sum(turn[name] for turn in turns) / sum(turn[LORA] for turn in turns)),
         "over_adamw": shown(statistics.median(turn[name] / turn[ADAMW] for turn in turns)),
         "turns": len(turns),
     }

@@ -48,7 +48,7 @@ PARTS = {
     "step_ratio": (
         "A training step beside LoRA's, step for step",
         "The same steps, all contenders in one process, a step each in turn, so that a slow moment of the machine is "
-        "one for all: medians of 30 turns, quartiles in brackets.",
+        "one for all: medians over turns, quartiles in brackets.",
     ),
     "subspace_error": (
         "What a basis misses of a real gradient",
@@ -148,14 +148,14 @@ def train_step(rows: list[Row]) -> Iterator[str]:
 
 def step_ratio(rows: list[Row]) -> Iterator[str]:
     """Yield a table for each rank, fastest first."""
+    header = ("", "seconds", "over LoRA", "mean over LoRA", "over AdamW foreach")
     for (rank,), members in grouped(rows, "rank").items():
         lines = []
         for row in sorted(members, key=lambda row: float(row["over_lora"])):
-            ratio, low, high = (figure(row[name]) for name in ("over_lora", "over_lora_low", "over_lora_high"))
-            lines.append(
-                (row["contender"], figure(row["seconds"]), f"{ratio} ({low} to {high})", figure(row["over_adamw"]))
-            )
-        yield f"**rank {rank}**\n\n{markdown(('', 'seconds', 'over LoRA', 'over AdamW foreach'), lines)}"
+            ratio, low, high = (figure(row[f"over_lora{end}"]) for end in ("", "_low", "_high"))
+            means, adamw = (figure(row[name]) for name in ("over_lora_mean", "over_adamw"))
+            lines.append((row["contender"], figure(row["seconds"]), f"{ratio} ({low} to {high})", means, adamw))
+        yield f"**rank {rank}**, {members[0]['turns']} turns\n\n{markdown(header, lines)}"
 
 
 def subspace_error(rows: list[Row]) -> Iterator[str]:
@@ -220,15 +220,12 @@ def not_run(rows: dict[str, dict[str, Any]]) -> str:
     """Return what of a GPU's settings and methods has no row."""
     from train_7b import METHODS
 
-    settings = {(row["model"], row["rank"], str(row["tokens"])) for row in rows.values()}
-    planned = ((model, rank, tokens) for model in MODELS for rank in RANKS for tokens in TOKENS)
-    missing = [
-        f"{model}, rank {rank}, {tokens} tokens"
-        for model, rank, tokens in planned
-        if (model, rank, tokens) not in settings
-    ]
-    methods = [method for method in METHODS if method not in {row["method"] for row in rows.values()}]
-    return f"Not run on a GPU yet: {'; '.join(missing)}. Of the methods: {', '.join(methods)}."
+    ran = [row for row in rows.values() if row["status"] == "ok"]
+    settings = {(row["model"], row["rank"], row["tokens"]) for row in ran}
+    planned = [(model, rank, tokens) for model in MODELS for rank in RANKS for tokens in TOKENS]
+    missing = [f"{m}, rank {r}, {t} tokens" for m, r, t in planned if (m, r, t) not in settings]
+    missing += [f"the method {method}" for method in METHODS if method not in {row["method"] for row in ran}]
+    return f"Not run on a GPU yet: {'; '.join(missing)}." if missing else ""
 
 
 SEVEN_B = """## LLaMA2-7B on a GPU

@@ -119,10 +119,12 @@ def badam(model: nn.Module, rank: int) -> Setup:
     return model, BlockOptimizer(base, named, switch_block_every=50, switch_mode="ascending", verbose=0)
 
 
-def ours(model: nn.Module, rank: int, preset: str, gradients: str, **options: Any) -> Setup:
+def ours(model: nn.Module, rank: int, preset: str, mode: str) -> Setup:
     """One of our presets; a residual that starts at once."""
     from crosslore import create_optimizer
 
+    gradients, _, frozen = mode.partition(" ")
+    options: dict[str, Any] = {"embeddings": "frozen"} if frozen else {}
     if preset == "crosslore":
         options["warmup_steps"] = 1
     if gradients == "deferred":
@@ -131,6 +133,16 @@ def ours(model: nn.Module, rank: int, preset: str, gradients: str, **options: An
     return model, create_optimizer(model, preset, **settings, **options)
 
 
+# How gradients come; "frozen": without the embeddings, as LoRA.
+OURS = {
+    "crosslore": (
+        "full", "layerwise", "compact", "compact-layerwise", "compact frozen", "compact-layerwise frozen",
+        "deferred frozen",
+    ),
+    "crosslore_plus": (
+        "compact", "compact-layerwise", "compact frozen", "compact-layerwise frozen", "deferred", "deferred frozen",
+    ),
+}  # fmt: skip
 SETUPS: dict[str, Callable[..., Setup]] = {
     ADAMW: adamw,
     "torch AdamW fused": lambda model, rank: adamw(model, rank, fused=True),
@@ -141,26 +153,9 @@ SETUPS: dict[str, Callable[..., Setup]] = {
     "apollo-torch": apollo_torch,
     "BAdam": badam,
     **{
-        f"{preset} {gradients}{' frozen' if frozen else ''}": (
-            lambda model, rank, p=preset, g=gradients, f=frozen: ours(
-                model, rank, p, g, **({"embeddings": "frozen"} if f else {})
-            )
-        )
-        for preset, gradients, frozen in (
-            ("crosslore", "full", False),
-            ("crosslore", "layerwise", False),
-            ("crosslore", "compact", False),
-            ("crosslore", "compact-layerwise", False),
-            ("crosslore", "compact", True),
-            ("crosslore", "compact-layerwise", True),
-            ("crosslore", "deferred", True),
-            ("crosslore_plus", "compact", False),
-            ("crosslore_plus", "compact-layerwise", False),
-            ("crosslore_plus", "compact", True),
-            ("crosslore_plus", "compact-layerwise", True),
-            ("crosslore_plus", "deferred", False),
-            ("crosslore_plus", "deferred", True),
-        )
+        f"{preset} {mode}": lambda model, rank, p=preset, m=mode: ours(model, rank, p, m)
+        for preset, modes in OURS.items()
+        for mode in modes
     },
 }
 # Those whose time does not depend on the rank are measured once.

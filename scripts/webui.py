@@ -37,8 +37,7 @@ def main() -> None:
     os.chdir(ROOT)
     binaries = Path(sys.executable).parent
     environment = {**DEFAULTS, **os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"}
-    port = environment.get("GRADIO_SERVER_PORT", "7860")
-    print(f"Starting the page; in a minute at http://127.0.0.1:{port}. Ctrl-C ends it.", flush=True)
+    print("Starting the page; its address follows within a minute. Ctrl-C ends it.", flush=True)
     os.execve(binaries / "llamafactory-cli", ["llamafactory-cli", "webui"], environment)
 
 

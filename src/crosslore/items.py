@@ -96,6 +96,19 @@ class Items:
         """
         return self.get(*self.place(weight))
 
+    def name_of(self, weight: Tensor) -> str:
+        """Return the name of a weight; its state is not touched."""
+        return self.name(*self.place(weight))
+
+    def drop_empty_states(self) -> None:
+        """Remove the states that items were built with before the first step.
+
+        torch's distributed checkpoints take an optimizer that has any for one whose state is whole.
+        """
+        state = self._optimizer.state
+        for weight in [weight for weight, held in state.items() if not held]:
+            del state[weight]
+
     def place(self, weight: Tensor) -> tuple[int, int]:
         """Return the group of a weight and its index there."""
         found, groups = self._places.get(id(weight)), self._optimizer.param_groups

@@ -271,7 +271,7 @@ def attach_layerwise(
             f"attach_layerwise takes a LowRankOptimizer, got {type(optimizer).__name__}. Use create_optimizer."
         )
     check_limits(accumulation_steps, max_grad_norm, clip)
-    named = [(optimizer.items.of(p).name, p) for group in optimizer.param_groups for p in group["params"]]
+    named = [(optimizer.items.name_of(p), p) for group in optimizer.param_groups for p in group["params"]]
     refuse_other_layerwise(named, optimizer)
     for mode in ("layerwise", "compact"):
         if getattr(optimizer, mode) is not None:

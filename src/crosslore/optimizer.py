@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from crosslore.checkpoint import check_same_structure, restore_dtypes
 from crosslore.compact.gradients import CompactGradients
-from crosslore.compact.scaler import finish_unscaled, refuse_loss_scale
+from crosslore.compact.scaler import finish_unscaled, refuse_loss_scale, scale_dropped_on_error
 from crosslore.config import LowRankConfig, check_hyper
 from crosslore.groups import default_blocks, plain, refuse_misspelt
 from crosslore.items import Item, Items
@@ -153,11 +153,12 @@ class LowRankOptimizer(Optimizer):
         """
         with torch.enable_grad():
             loss = closure() if closure is not None else None
-        refuse_loss_scale(self)
-        if self.layerwise is not None:
-            self.layerwise.finish_step()
-        if self.compact is not None and not finish_unscaled(self.compact):
-            return loss
+        with scale_dropped_on_error(self):
+            refuse_loss_scale(self)
+            if self.layerwise is not None:
+                self.layerwise.finish_step()
+            if self.compact is not None and not finish_unscaled(self.compact):
+                return loss
         todo = [(g, i, p) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])]
         self._step([item for item in todo if item[2].grad is not None and item[2].numel() > 0])
         return loss

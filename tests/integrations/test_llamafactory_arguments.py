@@ -113,7 +113,7 @@ REFUSED = [
     ({"crosslore_clip": "stale-global"}, "crosslore_clip 'stale-global' is for .*'layerwise'.*, got 'auto'"),
     (
         {"crosslore_preset": "apollo", "residual_ratio": None, "crosslore_gradients": "compact"},
-        "crosslore_gradients must be 'full' or 'layerwise' for residual='norm_scaled', got 'compact'",
+        "crosslore_gradients must be 'full' or 'layerwise' for residual='scaled_gradient', got 'compact'",
     ),
     ({"lora_rank": 4}, "options of other methods: lora_rank=4"),
     ({"lora_rank": 8, "lora_target": "all"}, "options of other methods: lora_rank=8, lora_target='all'"),
@@ -162,6 +162,17 @@ def test_without_bitsandbytes_the_moments_stay_in_fp32_and_it_is_said(monkeypatc
     monkeypatch.setattr(optimizer.importlib.util, "find_spec", lambda name: None)
     assert optimizer.choose_rule("adamw_8bit") == "adamw"
     assert 'pip install "crosslore[bnb]"' in caplog.text
+
+
+def test_messages_have_the_names_of_a_configuration_but_for_names_of_layers() -> None:
+    from crosslore.integrations.llamafactory.arguments import in_yaml_names
+
+    given = {"embeddings": "full", "scale": 8.0, "targets": "x"}
+    assert in_yaml_names("scale must be > 0 for embeddings='full'", given) == (
+        "alpha must be > 0 for crosslore_embeddings='full'"
+    )
+    layers = "targets names 'x'. Layers: encoder.embeddings.proj, decoder.scale, h.0.moments."
+    assert in_yaml_names(layers, given) == layers.replace("targets", "crosslore_target")
 
 
 # What belongs to LLaMA-Factory stays as it is

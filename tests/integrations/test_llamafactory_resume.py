@@ -3,13 +3,14 @@
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from llamafactory.hparams import get_train_args
 from llamafactory.train.tuner import run_exp
 from transformers.trainer_callback import TrainerState
 
-from crosslore.integrations.llamafactory.resume import checkpoints
+from crosslore.integrations.llamafactory.resume import checkpoints, skip_incomplete_checkpoints
 
 
 def checkpoint(folder: Path, step: int, *, whole: bool = True) -> Path:
@@ -42,6 +43,23 @@ def test_a_state_that_was_cut_off_is_no_whole_checkpoint(config: dict) -> None:
     cut = checkpoint(out, 8) / "trainer_state.json"
     cut.write_text(cut.read_text(encoding="utf-8")[:40], encoding="utf-8")
     assert resumed(config) == str(out / "checkpoint-4")
+
+
+def test_a_state_with_keys_of_another_transformers_is_whole(config: dict) -> None:
+    last = checkpoint(Path(config["output_dir"]), 8)
+    (last / "trainer_state.json").write_text('{"global_step": 8, "a_newer_key": 1}', encoding="utf-8")
+    assert resumed(config) == str(last)
+
+
+def test_several_processes_do_not_choose_each_for_itself(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 4)
+    checkpoint(tmp_path, 8, whole=False)
+    training = SimpleNamespace(
+        do_train=True, resume_from_checkpoint=None, output_dir=str(tmp_path), overwrite_output_dir=False, world_size=2
+    )
+    with pytest.raises(ValueError, match="the saving of .*checkpoint-8 was interrupted .*2 processes cannot agree"):
+        skip_incomplete_checkpoints(training, "sft")
+    assert training.resume_from_checkpoint is None
 
 
 def test_without_a_whole_checkpoint_the_run_begins_anew(config: dict, caplog: pytest.LogCaptureFixture) -> None:

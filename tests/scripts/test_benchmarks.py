@@ -95,16 +95,18 @@ def test_step_time_has_the_figures_of_every_contender(bench, finished):
     assert rows["galore-torch"]["cycle"] == "1" and rows["torch AdamW fused"]["cycle"] == "0"
 
 
-def test_step_ratio_divides_by_lora_of_the_same_turn(bench, finished):
-    common, ratio = bench("common"), bench("step_ratio")
-    rows = {row["contender"]: row for row in common.read_rows(finished / "step_ratio.csv")}
-    assert set(rows) == set(ratio.CONTENDERS) and float(rows["LoRA"]["over_lora"]) == 1
-    turns = common.grouped(common.read_rows(finished / "raw" / "step_ratio.csv"), "turn").values()
-    name = "crosslore_plus compact"
+def test_step_ratio_divides_by_lora_of_the_same_turn(bench, tmp_path):
+    common, name = bench("common"), "crosslore_plus compact"
+    assert bench("run").main(arguments(tmp_path, "--only", "step_ratio", names=(name,))) == 0
+    rows = {row["contender"]: row for row in common.read_rows(tmp_path / "step_ratio.csv")}
+    assert set(rows) == {"LoRA", "torch AdamW foreach", name} and float(rows["LoRA"]["over_lora"]) == 1
+    turns = common.grouped(common.read_rows(tmp_path / "raw" / "step_ratio.csv"), "turn").values()
     seconds = [{row["contender"]: float(row["seconds"]) for row in turn} for turn in turns]
     ratios = sorted(turn[name] / turn["LoRA"] for turn in seconds)
     assert len(ratios) == 2 and float(rows[name]["over_lora"]) == pytest.approx(sum(ratios) / 2, rel=1e-4)
     assert ratios[0] <= float(rows[name]["over_lora_low"]) <= float(rows[name]["over_lora_high"]) <= ratios[1]
+    mean = sum(turn[name] for turn in seconds) / sum(turn["LoRA"] for turn in seconds)
+    assert float(rows[name]["over_lora_mean"]) == pytest.approx(mean, rel=1e-4)
 
 
 def test_memory_counts_the_state_exactly(bench, finished):

@@ -203,3 +203,42 @@ def test_the_residual_of_a_deferred_bf16_weight_is_rounded_at_random() -> None:
     assert float(changed[kept].float().mean()) > 0.2
     changed[kept] = False
     assert not bool(changed.any())
+
+
+# After another optimizer, and after an error
+
+
+@pytest.mark.parametrize("mode", ["full", "layerwise", "compact"])
+def test_what_a_deleted_optimizer_has_pending_is_merged_before_the_next_one(mode: str) -> None:
+    ends = []
+    for detach in (True, False):
+        model, optimizer = pending_model()
+        if detach:
+            optimizer.compact.detach()
+        del optimizer
+        after = create_optimizer(model, "crosslore_plus", lr=1e-2, rank=4, weight_decay=5.0, gradients=mode)
+        assert deferred_of(model[0].weight) is None
+        for step in range(3):
+            after.zero_grad()
+            model(torch.randn(8, 16, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            after.step()
+        ends.append(model)
+    assert_same(*ends)
+
+
+@pytest.mark.parametrize("mode", ["layerwise", "compact-layerwise", "compact"])
+def test_after_a_refused_loss_scale_plain_steps_are_plain(mode: str) -> None:
+    model = two_layers()
+    optimizer = create_optimizer(model, "galore", lr=1e-3, rank=4, gradients=mode)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(model(torch.ones(2, 16)).sum()).backward()
+    if mode == "compact":
+        scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match="GradScaler"):
+        scaler.step(optimizer)
+    assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
+    optimizer.zero_grad()
+    before = model[0].weight.detach().clone()
+    model(torch.ones(2, 16)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)

@@ -79,6 +79,7 @@ def attach_compact(
     _refuse_none(layers, others)
     limits = Limits(accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm, clip=clip)
     optimizer.compact = _attached(optimizer, model, layers, limits, deferred=weights == "deferred", layerwise=layerwise)
+    optimizer.items.drop_empty_states()
     optimizer.compact.summary = summary(layers, others, optimizer)
     logger.info(optimizer.compact.summary)
     return optimizer.compact
@@ -103,7 +104,7 @@ def _attached(
 ) -> CompactGradients:
     """Return the sinks of these layers and, layerwise, the hooks of all other weights beside them."""
     in_rows = rows_weights(optimizer, model) if layerwise and limits.accumulation_steps == 1 else {}
-    refuse_other_compact([(optimizer.items.of(weight).name, weight) for weight in in_rows])
+    refuse_other_compact([(optimizer.items.name_of(weight), weight) for weight in in_rows])
     compact = CompactGradients(
         optimizer,
         layers,

@@ -53,14 +53,19 @@ class Held:
         if self.factors.larger_than_dense:
             self.whole, self.factors = self.dense(self.factors), None
 
-    def warn_of_second_pass(self, warned: set[str]) -> None:
-        """Warn once if a step that has fitted a basis, to all that it was told to expect, goes on in another pass."""
+    def warn_of_second_pass(self, warned: set[str], accumulation_steps: int) -> None:
+        """Warn once if a step that has fitted a basis, to all that it was told to expect, goes on in another pass.
+
+        autograd takes a segment of reentrant checkpointing for a pass of its own.
+        """
         if not warned and self.item.due_next() and self.began_in != torch._C._current_graph_task_id():
             warned.add(self.item.name)
             logger.warning(
-                "%s: a second backward pass in a step that fits a basis, with accumulation_steps=1: it is fitted "
-                "to the first pass. Set accumulation_steps to the backward passes of a step.",
+                "%s is used in another backward pass, or another segment of reentrant checkpointing, after its basis "
+                "was fitted to what came before. Set accumulation_steps, now %d, to the backward passes of a step, and "
+                "ask for norms after the last one.",
                 self.item.name,
+                accumulation_steps,
             )
 
     def take_sum(self) -> tuple[Tensor | None, GradientFactors | None]:

@@ -129,7 +129,7 @@ class CompactGradients:
         """Add a micro-batch to a step that has begun."""
         if sees_whole(held.item):
             if self.layerwise is None:
-                held.warn_of_second_pass(self._warned)
+                held.warn_of_second_pass(self._warned, self.accumulation_steps)
             self._add_whole(held, held.dense(factors))
             return
         for pending in held.pendings:

@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from crosslore.compact.deferred import DeferredWeight, deferred_of
+from crosslore.compact.deferred import DeferredWeight, deferred_of, undefer
 from crosslore.compact.factors import GradientFactors
 from crosslore.layout import as_dtype
 
@@ -257,6 +257,8 @@ def refuse_other_compact(weights: Sequence[tuple[str, Tensor]]) -> None:
     if any(sink_of(weight) is not None for _, weight in weights):
         gc.collect()  # an optimizer that nobody holds any more is part of cycles
     for name, weight in weights:
+        if sink_of(weight) is None:
+            undefer(weight)  # of an optimizer that is gone
         if sink_of(weight) is not None:
             raise ValueError(
                 f"{name} hands its gradient to another optimizer already. Call that one's `compact.detach()` first, "

@@ -1,5 +1,7 @@
 """Loss scaling: compact gradients are no `.grad` that a GradScaler could divide, so `step()` undoes its scale."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -7,6 +9,17 @@ from torch import Tensor
 if TYPE_CHECKING:
     from crosslore.compact.gradients import CompactGradients
     from crosslore.optimizer import LowRankOptimizer
+
+
+@contextmanager
+def scale_dropped_on_error(optimizer: "LowRankOptimizer") -> Iterator[None]:
+    """Remove what a GradScaler has left for a step that ends in an error: it would do so after a good one only."""
+    try:
+        yield
+    except RuntimeError:
+        for name in ("grad_scale", "found_inf"):
+            vars(optimizer).pop(name, None)
+        raise
 
 
 def refuse_loss_scale(optimizer: "LowRankOptimizer") -> None:

@@ -197,7 +197,7 @@ def in_yaml_names(message: str, given: Iterable[str]) -> str:
     """Return a message about fields of LowRankConfig with the names that the user wrote."""
     for yaml_name, name in CONFIG_FIELDS.items():
         if name != "rank" and (name in given or message.startswith(name)):
-            message = re.sub(rf"(?<![\w`']){name}\b(?!')", yaml_name, message)
+            message = re.sub(rf"(?<![\w.`']){name}\b(?!['.])", yaml_name, message)
     return message.replace("must be None", "must be `none`").replace("Set it to None", "Set it to `none`")
 
 

@@ -1,10 +1,10 @@
 """From which checkpoint a run goes on: the last whole one, not one whose saving was interrupted."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 logger = logging.getLogger(__name__)
@@ -41,10 +41,15 @@ def skip_incomplete_checkpoints(training: Any, stage: str) -> None:  # Any: LLaM
     found = checkpoints(folder)
     if not found or is_whole(found[0]) or (asked is None and training.overwrite_output_dir) or asked is False:
         return
+    if training.world_size > 1:  # each process sees its own disk
+        raise ValueError(
+            f"the saving of {found[0]} was interrupted (no readable {LAST_FILE}), and {training.world_size} processes "
+            "cannot agree on another checkpoint. Remove that folder, or give resume_from_checkpoint."
+        )
     whole = next((checkpoint for checkpoint in found if is_whole(checkpoint)), None)
     training.resume_from_checkpoint = None if whole is None else str(whole)
     if whole is None:
-        training.overwrite_output_dir = True  # of its meanings only: do not look for a checkpoint
+        training.overwrite_output_dir = True  # look for no checkpoint; the log of the lost steps goes too
     logger.warning(
         "The saving of %s was interrupted (no readable %s): the run goes on from %s.",
         found[0],
@@ -66,7 +71,6 @@ def checkpoints(folder: Path) -> list[Path]:
 def is_whole(checkpoint: Path) -> bool:
     """Return whether a checkpoint was saved to the end."""
     try:
-        TrainerState.load_from_json(str(checkpoint / LAST_FILE))
-    except (OSError, ValueError, TypeError):
+        return isinstance(json.loads((checkpoint / LAST_FILE).read_text(encoding="utf-8")), dict)
+    except (FileNotFoundError, ValueError):
         return False
-    return True

@@ -202,12 +202,14 @@ def test_gradients_of_inputs_and_biases_are_those_of_an_ordinary_layer(
     for compact in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(32, 16, bias=bias))
-        if compact:
-            create_optimizer(model, "crosslore_plus", lr=1e-3, rank=4, gradients="compact")
+        options = {"gradients": "compact"} if compact else {}
+        optimizer = create_optimizer(
+            model, "crosslore_plus", lr=1e-3, rank=4, **options
+        )  # held: without it all is ordinary
         x = torch.randn(3, 5, 32, requires_grad=not frozen_input)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             model(x).square().sum().backward()
-        assert (model[0].weight.grad is None) == compact
+        assert (model[0].weight.grad is None) == compact == (optimizer.compact is not None)
         grads.append([t.grad for t in (x, model[0].bias) if t is not None])
     for ours, theirs in zip(grads[1], grads[0], strict=True):
         assert (ours is None) == (theirs is None)

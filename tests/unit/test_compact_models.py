@@ -142,8 +142,9 @@ def test_layers_used_twice_shared_or_elsewhere_train_alike(parts: int) -> None:
 
 def test_in_place_operations_after_a_layer_work() -> None:
     layer = nn.Linear(16, 16)
-    create_optimizer(nn.Sequential(layer), "crosslore_plus", lr=1e-3, rank=4, gradients="compact")
+    optimizer = create_optimizer(nn.Sequential(layer), "crosslore_plus", lr=1e-3, rank=4, gradients="compact")
     nn.functional.relu(layer(torch.randn(3, 16)), inplace=True).sum().backward()
+    optimizer.step()
 
 
 def test_one_dimensional_and_empty_inputs_work() -> None:

@@ -253,17 +253,19 @@ def hand_over_embedding(module: nn.Embedding, sink: Sink) -> None:
 
 
 def refuse_other_compact(weights: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise a ValueError if one of the named weights hands its gradient to an optimizer already."""
+    """Raise a ValueError if one of the named weights hands its gradient to an optimizer already.
+
+    What an optimizer that is gone has left pending is merged.
+    """
     if any(sink_of(weight) is not None for _, weight in weights):
         gc.collect()  # an optimizer that nobody holds any more is part of cycles
     for name, weight in weights:
-        if sink_of(weight) is None:
-            undefer(weight)  # of an optimizer that is gone
         if sink_of(weight) is not None:
             raise ValueError(
                 f"{name} hands its gradient to another optimizer already. Call that one's `compact.detach()` first, "
                 "`del` it, or load the model anew."
             )
+        undefer(weight)
 
 
 def take_back(module: nn.Module) -> None:

@@ -12,7 +12,8 @@
 | v1.plugins.trainer_plugins.optimizer | `OptimizerPlugin` | our plugin |
 
 For every other fine-tuning type each of them calls the original with the original arguments; but `run_exp` measures
-any type when that variable is set.
+any type when that variable is set, and `_parse_args` refuses our fields and our type's misspelt name with a hint, which
+the original would refuse without one.
 """
 
 import copy

@@ -32,8 +32,7 @@ from reproduction.results import (
 
 # What a program prints when memory is short.
 OOM = re.compile(r"out of memory|OutOfMemoryError|DefaultCPUAllocator: can't allocate|Cannot allocate memory", re.I)
-# Exit code of a process that was killed; nobody but the system does that, for memory.
-KILLED = -9
+KILLED = -9  # exit code of a process that was killed; nobody but the system does that, for memory
 # Beside the protocol of the paper's columns: multi-reference scores.
 OFFICIAL = "e2e-official"
 ATTEMPTS = 2
@@ -123,19 +122,31 @@ def run_cell(exp: Experiment, setup: Setup) -> Result:
                 result = _result(exp, setup, status="oom" if error.oom else "failed", reason=str(error))
                 break
     write_result(setup.results, result)
-    if result.status == "ok" and not setup.keep:
-        shutil.rmtree(folder_of(exp, setup), ignore_errors=True)
+    if result.status == "ok":
+        _tidy(exp, setup)
     return result
+
+
+def _tidy(exp: Experiment, setup: Setup) -> None:
+    """Remove what a scored cell worked with, but for its outputs: `crosslore-eval compare` tests them in pairs."""
+    folder = folder_of(exp, setup)
+    outputs, kept = folder / "predictions.jsonl", setup.work / "predictions" / exp.table / f"{exp.name}.jsonl"
+    if outputs.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(outputs, kept)
+    if not setup.keep:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _trained_and_scored(exp: Experiment, setup: Setup) -> Result:
     folder, config = folder_of(exp, setup), config_of(exp, setup)
-    marker = folder / "trained.json"
-    identity = json.dumps([config_hash(config, exp=exp), {k: v.sha256 for k, v in data_of(exp, setup).items()}])
-    if (folder / "started.json").is_file() and (folder / "started.json").read_text(encoding="utf-8") != identity:
+    marker, started = folder / "trained.json", folder / "started.json"
+    sums = {name: file.sha256 for name, file in data_of(exp, setup).items()}
+    identity = json.dumps([config_hash(config, exp=exp), setup.models[exp.model], sums])
+    if started.is_file() and started.read_text(encoding="utf-8") != identity:
         shutil.rmtree(folder)  # of other settings
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "started.json").write_text(identity, encoding="utf-8")
+    started.write_text(identity, encoding="utf-8")
     if not marker.is_file():
         train(config, folder, setup)
         marker.write_text("{}", encoding="utf-8")
@@ -262,8 +273,8 @@ def _result(
     measure = measure or {}
     peak = {name.removesuffix("_gib"): value for name, value in measure.get("peak", {}).items() if value is not None}
     losses = measure.get("losses") or [[0, measure.get("loss_last")]]
-    train = {"steps": measure.get("steps"), "loss_last": losses[-1][1], "tokens": measure.get("tokens"),
-             "trainable_parameters": measure.get("trainable_parameters")}  # fmt: skip
+    names = ("steps", "tokens", "trainable_parameters", "cpu_seconds")
+    train = {"loss_last": losses[-1][1], **{name: measure.get(name) for name in names}}
     seconds = measure.get("train_seconds")
     config = {key: _without_folder(value) for key, value in config_of(exp, setup).items()}
     return Result(

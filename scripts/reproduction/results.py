@@ -107,7 +107,7 @@ class Result:
     hours: float | None = None
     # those of PEAKS that were measured
     peak_gib: Mapping[str, float] = field(default_factory=dict)
-    # "steps", "loss_last", "trainable_parameters", as far as known
+    # "steps", "tokens", "loss_last", "trainable_parameters", "cpu_seconds" (of all threads), as far as known
     train: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, Score] = field(default_factory=dict)
     # the table whose cell of the same configuration was taken over

@@ -32,7 +32,8 @@ class MeasureCallback(TrainerCallback):  # type: ignore[misc]
     """Times the steps of a training run and writes what it took to a JSON file when it ends.
 
     The seconds are those between the begin of a step and its end, on a GPU with a synchronisation at both: loading,
-    evaluation and the saving of checkpoints are not in them. Peaks count from the begin of training to its end.
+    evaluation and the saving of checkpoints are not in them. `cpu_seconds` is the processor time of all threads in the
+    same steps: other work on the machine is not in it. Peaks count from the begin of training to its end.
     Beside the file lies `FILE.part`, with the sums at each checkpoint: a run that goes on from one reports the sum
     of all steps that led to its result. A file of an earlier run is removed when training begins.
 
@@ -64,7 +65,7 @@ class MeasureCallback(TrainerCallback):  # type: ignore[misc]
         """Start to count; take over what an earlier part of a resumed run took."""
         model: nn.Module = kwargs["model"]
         self.device: torch.device = args.device
-        self.steps, self.seconds, self.before = 0, 0.0, Earlier()
+        self.steps, self.seconds, self.cpu_seconds, self.before = 0, 0.0, 0.0, Earlier()
         self.result = None
         self.counter = None if args.torch_compile else TokenCounter(model, self.device)
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -79,12 +80,13 @@ class MeasureCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Passed, state: Passed, control: Passed, **kwargs: Passed) -> None:
         """Start the clock."""
-        self.begun = self._now()
+        self.begun, self.cpu_begun = self._now(), time.process_time()
 
     def on_step_end(self, args: Passed, state: Passed, control: Passed, **kwargs: Passed) -> None:
         """Stop the clock."""
         if self.begun is not None:
             self.seconds += self._now() - self.begun
+            self.cpu_seconds += time.process_time() - self.cpu_begun
             self.steps, self.begun = self.steps + 1, None
         # A checkpoint is about to be written. Should the run be killed right after it, its sums are there already.
         if control.should_save:
@@ -105,6 +107,7 @@ class MeasureCallback(TrainerCallback):  # type: ignore[misc]
         sums = self._sums()
         self.result = {
             "train_seconds": sums["seconds"],
+            "cpu_seconds": sums["cpu_seconds"],
             "interrupted_seconds_before": self.before.seconds,
             "steps": sums["steps"],
             "tokens": sums["tokens"],
@@ -140,6 +143,7 @@ class MeasureCallback(TrainerCallback):  # type: ignore[misc]
         tokens = None if self.counter is None or self.before.tokens is None else self.before.tokens + self.counter.total
         return {
             "seconds": (self.before.seconds or 0.0) + self.seconds,
+            "cpu_seconds": None if self.before.cpu_seconds is None else self.before.cpu_seconds + self.cpu_seconds,
             "steps": self.before.steps + self.steps,
             "tokens": tokens,
             "peak": larger(self.before.peak, self.peak.read()),
@@ -176,8 +180,10 @@ class Earlier:
 
     def __init__(self, sums: Mapping[str, Any] | None = None, *, known: bool = True) -> None:
         """Take the sums of a checkpoint; without them nothing came before, or (`known=False`) nobody knows what."""
-        found = sums or {"seconds": 0.0 if known else None, "tokens": 0 if known else None, "steps": 0, "peak": {}}
+        nothing = 0 if known else None
+        found = sums or {"seconds": nothing, "cpu_seconds": nothing, "tokens": nothing, "steps": 0, "peak": {}}
         self.seconds: float | None = found["seconds"]
+        self.cpu_seconds: float | None = found.get("cpu_seconds")
         self.steps: int = found["steps"]
         self.tokens: int | None = found["tokens"]
         self.peak: dict[str, float | None] = found["peak"]

@@ -20,17 +20,18 @@ from typing import NoReturn
 
 from prepare_data import DataError
 from reproduction import needs
-from reproduction.cell_run import CellFailed, Setup
+from reproduction.cell_run import Setup
 from reproduction.cells import Experiment
 from reproduction.experiments import experiments
 from reproduction.memory_need import memory_lines
-from reproduction.outputs import of_other_settings, write_outputs
+from reproduction.outcome import CellFailed
+from reproduction.outputs import of_other_settings, of_several_commits, write_outputs
 from reproduction.paper import load_paper
 from reproduction.probe import speed_factor
 from reproduction.processes import FolderBusy, Processes, only_one
 from reproduction.reading import PaperDataError
 from reproduction.results import ResultError, results_folder
-from reproduction.runner import Summary, all_results, missing_of, of_other_models, ready, rounds, run
+from reproduction.runner import Summary, all_results, at_ends, missing_of, of_other_models, rounds, run, those_ready
 from reproduction.samples import prepare_profile_data
 from reproduction.selection import needed, select
 from reproduction.tables import PROFILES
@@ -59,7 +60,7 @@ ERRORS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0, 1 if a cell failed, 2 for what is missing or wrong, 130 after an interrupt."""
+    """Return the exit code: 0; 1: a cell failed or was left out; 2: something is missing or wrong; 130: interrupted."""
     signal.signal(signal.SIGTERM, _as_interrupt)
     options = _parser().parse_args(arguments)
     try:
@@ -134,7 +135,8 @@ def _reproduce(options: argparse.Namespace) -> int:
                 seeds=options.seeds,
             ):
                 print(path)
-            for line in of_other_settings(results, setup.results, profile=options.profile, seeds=options.seeds):
+            said = of_other_settings(results, setup.results, profile=options.profile, seeds=options.seeds)
+            for line in [*said, *of_several_commits(results, profile=options.profile)]:
                 print(line, file=sys.stderr)
     return 1 if failed else 0
 
@@ -172,13 +174,14 @@ def _run_rounds(cells: Sequence[Experiment], setup: Setup, options: argparse.Nam
     """Run the cells; return whether one failed."""
     failed = False
     for part in rounds(cells):
-        chosen = part if options.dry_run else ready(part, setup)
-        missing = missing_of(part, setup)
+        chosen, lacking = (part, []) if options.dry_run else those_ready(part, setup)
+        failed = failed or bool(lacking)
+        missing = missing_of(part if options.dry_run else chosen, setup)
         factor = _probed(missing, setup, options)
         needed = needs.of(missing, all_results(setup), setup.models, jobs=options.jobs, factor=factor)
         disk = needs.enough_disk(needed, setup.work)
-        others = [] if options.dry_run else of_other_models(chosen, setup)
-        for line in [*needed.lines(), *needs.warnings(missing), *others, *([disk] if disk else [])]:
+        others = [] if options.dry_run else [*of_other_models(chosen, setup), *at_ends(chosen)]
+        for line in [*needed.lines(), *needs.warnings(missing), *lacking, *others, *([disk] if disk else [])]:
             print(line, file=sys.stderr)
         if options.dry_run:
             for cell in missing:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from demo_training import plan_training, training_command
 from reproduction.cells import TUNING, Experiment
 from reproduction.configs import PROTOCOLS, config_hash, evaluation_command, training_config
 from reproduction.facts import commit, device, packages
+from reproduction.outcome import CellFailed, failure, held_out, read_json, score_of, without_folder
 from reproduction.processes import Processes
 from reproduction.results import (
     DataFile,
@@ -30,9 +30,6 @@ from reproduction.results import (
     write_result,
 )
 
-# What a program prints when memory is short.
-OOM = re.compile(r"out of memory|OutOfMemoryError|DefaultCPUAllocator: can't allocate|Cannot allocate memory", re.I)
-KILLED = -9  # exit code of a process that was killed; nobody but the system does that, for memory
 # Beside the protocol of the paper's columns: multi-reference scores.
 OFFICIAL = "e2e-official"
 ATTEMPTS = 2
@@ -55,15 +52,6 @@ class Setup:
     processes: Processes
 
 
-class CellFailed(RuntimeError):
-    """A cell's process ended badly; `oom` says whether for memory."""
-
-    def __init__(self, reason: str, *, oom: bool) -> None:
-        """Keep the reason, one line."""
-        super().__init__(reason)
-        self.oom = oom
-
-
 def data_of(exp: Experiment, setup: Setup) -> dict[str, DataFile]:
     """Return the rows that a cell trains on and is measured on."""
     files = setup.files[exp.dataset]
@@ -76,7 +64,9 @@ def finished(exp: Experiment, setup: Setup) -> Result | None:
     if not path.is_file():
         return None
     result = read_result(path)
-    return result if is_of(result, exp, setup) and result.status != "failed" else None
+    # Memory that was short is a result of a table, but not a reason to pass over a learning rate.
+    done = ("ok",) if exp.table == TUNING else ("ok", "oom")
+    return result if is_of(result, exp, setup) and result.status in done else None
 
 
 def is_of(result: Result, exp: Experiment, setup: Setup) -> bool:
@@ -113,18 +103,32 @@ def run_cell(exp: Experiment, setup: Setup) -> Result:
 
     Out of memory is a result too, and so is a failure: the row says why.
     """
+    folder = folder_of(exp, setup)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             result = _trained_and_scored(exp, setup)
             break
         except CellFailed as error:
             if error.oom or attempt == ATTEMPTS:
-                result = _result(exp, setup, status="oom" if error.oom else "failed", reason=str(error))
+                result = _failed(exp, setup, error)
                 break
+            for path in folder.glob("predictions.jsonl*"):
+                path.unlink()  # of other versions of the packages, it may be, with which scoring does not go on
     write_result(setup.results, result)
     if result.status == "ok":
         _tidy(exp, setup)
     return result
+
+
+def _failed(exp: Experiment, setup: Setup, error: CellFailed) -> Result:
+    """Return the row of a cell that failed; with what its training took, if it was scoring that did."""
+    status: Status = "oom" if error.oom else "failed"
+    folder = folder_of(exp, setup)
+    measure = read_json(folder / "measure.json") if (folder / "trained.json").is_file() else None
+    try:
+        return _result(exp, setup, status=status, reason=str(error), measure=measure)
+    except ResultError:  # its numbers are none
+        return _result(exp, setup, status=status, reason=str(error))
 
 
 def _tidy(exp: Experiment, setup: Setup) -> None:
@@ -151,7 +155,7 @@ def _trained_and_scored(exp: Experiment, setup: Setup) -> Result:
         train(config, folder, setup)
         marker.write_text("{}", encoding="utf-8")
     measure = _measured(folder)
-    scores = _held_out(measure) if exp.table == TUNING else _scores(exp, folder, setup)
+    scores = held_out(measure) if exp.table == TUNING else _scores(exp, folder, setup)
     try:
         return _result(exp, setup, status="ok", measure=measure, scores=scores)
     except ResultError as error:
@@ -160,7 +164,7 @@ def _trained_and_scored(exp: Experiment, setup: Setup) -> Result:
 
 def _measured(folder: Path) -> dict[str, Any]:  # Any: JSON of the callback
     """Return what a training took; without it, nothing of the training is of use, and its folder goes."""
-    found = _json(folder / "measure.json")
+    found = read_json(folder / "measure.json")
     if found is None:
         reason = "the training left no measurement: is crosslore's start-up hook active? `crosslore doctor` says"
     elif found.get("interrupted_seconds_before", 0.0) is None:
@@ -169,15 +173,6 @@ def _measured(folder: Path) -> dict[str, Any]:  # Any: JSON of the callback
         return found
     shutil.rmtree(folder)
     raise CellFailed(reason, oom=False)
-
-
-def _json(path: Path) -> dict[str, Any] | None:  # Any: JSON
-    """Return the object that a file holds, None if there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def train(config: Mapping[str, Any], folder: Path, setup: Setup) -> None:  # Any: values of a configuration
@@ -194,7 +189,7 @@ def train(config: Mapping[str, Any], folder: Path, setup: Setup) -> None:  # Any
     command = training_command(path, folder / "model", plan)
     code = _run(command, log=log, folder=folder, setup=setup, more={"CROSSLORE_MEASURE": str(folder / "measure.json")})
     if code != 0:
-        raise _failure("training", code, log)
+        raise failure("training", code, log)
 
 
 def _scores(exp: Experiment, folder: Path, setup: Setup) -> dict[str, Score]:
@@ -216,25 +211,11 @@ def _scored(command: list[str], *, log: Path, printed: Path, folder: Path, setup
     program = str(Path(sys.executable).with_name(command[0]))
     code = _run([program, *command[1:]], log=log, folder=folder, setup=setup, output=printed)
     if code != 0:
-        raise _failure("evaluation", code, log)
-    content = _json(printed)
+        raise failure("evaluation", code, log)
+    content = read_json(printed)
     if content is None or not isinstance(content.get("scores"), dict):
         raise CellFailed(f"evaluation: {printed} must be one JSON object with scores, and is none", oom=False)
-    return {name: _score(entry) for name, entry in content["scores"].items()}
-
-
-def _score(entry: Mapping[str, Any]) -> Score:  # Any: JSON of crosslore-eval
-    low, high = entry.get("confidence_95") or (None, None)
-    value = entry.get("value")
-    reason = "" if value is not None else str(entry.get("error") or "not computed")
-    return Score(value=value, low=low, high=high, signature=str(entry.get("signature", "")), reason=reason)
-
-
-def _held_out(measure: Mapping[str, Any]) -> dict[str, Score]:  # Any: JSON of the callback
-    value = measure.get("eval_loss")
-    if value is None:
-        raise CellFailed("the run ended without a held-out loss (eval_loss)", oom=False)
-    return {"eval_loss": Score(value=float(value), signature="mean over held-out rows, by transformers' Trainer")}
+    return {name: score_of(entry) for name, entry in content["scores"].items()}
 
 
 def _run(
@@ -255,17 +236,6 @@ def one_gpu() -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
-def _failure(what: str, code: int, log: Path) -> CellFailed:
-    # Of the last command alone: earlier attempts and runs stand in the same log.
-    text = "\n" + log.read_text(encoding="utf-8", errors="replace")
-    lines = [line.rstrip() for line in text.rpartition("\n$ ")[2].splitlines()[1:] if line.strip()]
-    last = next((line for line in reversed(lines) if not line.startswith(" ")), "no output")[:300]
-    short = next((line.strip() for line in reversed(lines) if OOM.search(line)), None)
-    if short or code == KILLED:
-        return CellFailed(f"{what}: {(short or 'killed by the system')[:300]}", oom=True)
-    return CellFailed(f"{what} ended with exit code {code}: {last} (its log: {log})", oom=False)
-
-
 def _result(
     exp: Experiment, setup: Setup, *, status: Status, reason: str = "", measure: Mapping[str, Any] | None = None,
     scores: Mapping[str, Score] | None = None,
@@ -276,7 +246,7 @@ def _result(
     names = ("steps", "tokens", "trainable_parameters", "cpu_seconds")
     train = {"loss_last": losses[-1][1], **{name: measure.get(name) for name in names}}
     seconds = measure.get("train_seconds")
-    config = {key: _without_folder(value) for key, value in config_of(exp, setup).items()}
+    config = {key: without_folder(value) for key, value in config_of(exp, setup).items()}
     return Result(
         experiment=exp.identity,
         status=status,
@@ -293,8 +263,3 @@ def _result(
         scores=scores or {},
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _without_folder(value: Any) -> Any:  # Any: a value of a configuration
-    """Return a path as its last part: whose folders they were says nothing about a result."""
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

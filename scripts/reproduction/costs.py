@@ -21,15 +21,24 @@ def training_steps(exp: Experiment) -> int:
     return ceil(rows / batch) * int(settings["num_train_epochs"])
 
 
+def step_and_refresh(exp: Experiment) -> tuple[float, float]:
+    """Return about how many seconds a step of a cell takes without a refresh, and all that is refreshed at a time."""
+    profiles = load_profiles()
+    profile = profiles.profile(exp.profile)
+    method, data = profile.methods[exp.base_method], profile.datasets[exp.dataset]
+    # A variant with the exact SVD refreshes as GaLore does.
+    exact = merged_settings(exp).get("crosslore_projector") == "svd"
+    refresh = profile.methods["galore"].refresh_seconds if exact else method.refresh_seconds
+    step = data.step_seconds_of.get(exp.model, data.step_seconds)
+    return step * method.cost, refresh * profile.refresh_factor.get(exp.model, 1.0)
+
+
 def estimated_seconds(exp: Experiment) -> float:
     """Return about how long a cell takes on the hardware that its profile's numbers are of."""
-    profile = load_profiles().profile(exp.profile)
-    method, data = profile.methods[exp.base_method], profile.datasets[exp.dataset]
-    how = load_profiles().methods[exp.base_method]
-    steps = training_steps(exp)
+    profile, how = load_profiles().profile(exp.profile), load_profiles().methods[exp.base_method]
+    steps, (step, refresh) = training_steps(exp), step_and_refresh(exp)
     refreshes = ceil(steps / profile.values["refresh_every"]) if "refresh_every" in how.keys else 0
-    train = steps * data.step_seconds * method.cost + refreshes * method.refresh_seconds
-    return profile.start_seconds + train + evaluation_seconds(exp)
+    return profile.start_seconds + steps * step + refreshes * refresh + evaluation_seconds(exp)
 
 
 def evaluation_seconds(exp: Experiment) -> float:

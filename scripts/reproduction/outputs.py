@@ -29,7 +29,7 @@ def write_outputs(
     Args:
         paper: what `load_paper` returns.
         results: what `read_results` returns for `folder`.
-        folder: the results folder; tables and figures go into `<folder>/<profile>/`.
+        folder: the results folder; tables and figures go into `<folder>/report-<profile>/`.
         profile: "paper", "small" or "smoke".
         targets: names as of `experiments`.
         seeds: how many there should be, as of `experiments`.
@@ -74,6 +74,20 @@ def of_other_settings(results: Sequence[Result], folder: Path, *, profile: str, 
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     line = f"{len(names)} results are of other settings than the profile's now, and stand in tables all the same"
     return [f"{line}: {', '.join(names[:SHOWN])}{more}. Run their targets again, or remove them."] if names else []
+
+
+def of_several_commits(results: Sequence[Result], *, profile: str) -> list[str]:
+    """Return a line for each table of a profile whose results are of several commits: a method may differ by them."""
+    found: dict[str, dict[str, None]] = {}
+    for result in results:
+        if result.experiment.profile == profile and result.reused_from is None:
+            found.setdefault(result.experiment.table, {})[result.commit] = None
+    return [
+        f"results of {table} are of {len(commits)} commits of the code ({', '.join(commits)}). If a method was changed "
+        "between them, remove the older ones and run the target again."
+        for table, commits in found.items()
+        if len(commits) > 1
+    ]
 
 
 def _parts(target: str, paper: Paper, profile: str) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from reproduction.cell_run import Setup, config_of, train
 from reproduction.cells import BASE_METHOD, Experiment
-from reproduction.profiles import load_profiles
+from reproduction.costs import step_and_refresh
 
 STEPS = 5
 
@@ -31,8 +31,7 @@ def speed_factor(cells: Sequence[Experiment], setup: Setup) -> float:
         measure = json.loads((folder / "measure.json").read_text(encoding="utf-8"))
     finally:
         shutil.rmtree(folder / "model", ignore_errors=True)
-    profile = load_profiles().profile(cell.profile)
-    method, steps = profile.methods[cell.base_method], int(measure["steps"])
+    step, refresh = step_and_refresh(cell)
     # The first step fits all bases, which GaLore takes minutes for.
-    promised = steps * profile.datasets[cell.dataset].step_seconds * method.cost + method.refresh_seconds
+    promised = int(measure["steps"]) * step + refresh
     return float(measure["train_seconds"]) / promised

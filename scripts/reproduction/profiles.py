@@ -71,8 +71,9 @@ class DatasetChoice:
     # 0: the task's
     max_new_tokens: int
     bundled: Bundled | None
-    # of LoRA, and of an answer
+    # of LoRA, for models that are not named after it, and of an answer
     step_seconds: float
+    step_seconds_of: Mapping[str, float]
     answer_seconds: float
 
 
@@ -113,6 +114,8 @@ class Profile:
     common: Settings
     batch_size: int
     start_seconds: float
+    # model -> time of its refreshes over what `refresh_seconds` says
+    refresh_factor: Mapping[str, float]
     tuning: Tuning | None
     methods: Mapping[str, MethodChoice]
     datasets: Mapping[str, DatasetChoice]
@@ -198,6 +201,7 @@ def _profile(name: str, section: Section, methods: Mapping[str, Method]) -> Prof
         common=section.take("common", dict),
         batch_size=evaluation.take("batch_size", int),
         start_seconds=section.take("start_seconds", float, default=0.0),
+        refresh_factor=section.take("refresh_factor", dict, default={}),
         tuning=_tuning(section.section("tuning"), methods) if "tuning" in section.keys() else None,
         methods=choices,
         datasets={dataset: _dataset_choice(values) for dataset, values in section.sections("datasets")},
@@ -226,6 +230,7 @@ def _dataset_choice(section: Section) -> DatasetChoice:
         max_new_tokens=section.take("max_new_tokens", int, default=0),
         bundled=bundled,
         step_seconds=section.take("step_seconds", float, default=0.0),
+        step_seconds_of=section.take("step_seconds_of", dict, default={}),
         answer_seconds=section.take("answer_seconds", float, default=0.0),
         **numbers,
     )

@@ -137,6 +137,13 @@ class Result:
                 _refuse("a number of a result", number, "finite")
 
     @property
+    def time(self) -> float | None:
+        """The hours that stand in a table: on one CPU thread the processor's, which other work does not lengthen."""
+        seconds = self.train.get("cpu_seconds")
+        on_one_thread = self.device.kind == "cpu" and self.device.threads == 1
+        return seconds / 3600 if on_one_thread and self.hours is not None and seconds is not None else self.hours
+
+    @property
     def peak(self) -> float | None:
         """The memory that stands in a table: reserved by the allocator on CUDA, of the whole process on a CPU."""
         return self.peak_gib.get("reserved" if self.device.kind == "cuda" else "rss")
@@ -196,15 +203,15 @@ def read_result(path: Path) -> Result:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except OSError as error:
-        raise ResultError(f"{path} cannot be read: {error.strerror}. Run its cell again.") from None
+        raise ResultError(f"{path} cannot be read: {error.strerror}. Remove it, and run its cell again.") from None
     except ValueError as error:
-        raise ResultError(f"{path} is not JSON: {error}. Run its cell again.") from None
+        raise ResultError(f"{path} is not JSON: {error}. Remove it, and run its cell again.") from None
     try:
         result = _result(Section(content, place="result"))
     except PaperDataError as error:
         raise ResultError(f"{path}: {error}") from None
     except ValueError as error:
-        raise ResultError(f"{path}: {error} Run its cell again.") from None
+        raise ResultError(f"{path}: {error} Remove it, and run its cell again.") from None
     if result_path(path.parents[1], result.experiment) != path:
         expected = f"{result.experiment.table}/{result.experiment.name}.json"
         raise ResultError(f"{path} must be where its cell belongs, {expected}. Move it there.")

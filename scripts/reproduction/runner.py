@@ -15,7 +15,7 @@ from reproduction.cells import TUNING, Experiment
 from reproduction.costs import estimated_seconds
 from reproduction.profiles import load_profiles
 from reproduction.results import Result, read_result, read_results, result_path, write_result
-from reproduction.tuning import TuningError, grid_of, with_lr
+from reproduction.tuning import TuningError, at_an_end, grid_of, with_lr
 
 # So that a bar moves by cells whose profile knows no times.
 START_SECONDS = 10
@@ -60,6 +60,30 @@ def ready(cells: Sequence[Experiment], setup: Setup) -> list[Experiment]:
                 f"scripts/reproduce.py {TUNING} --profile {run.profile}"
             )
     return [cell if cell.table == TUNING else with_lr(cell, setup.results) for cell in cells]
+
+
+def those_ready(cells: Sequence[Experiment], setup: Setup) -> tuple[list[Experiment], list[str]]:
+    """Return the cells whose learning rates are known, with them, and a line for each grid that knows none.
+
+    Raises:
+        TuningError: if no rate is known at all.
+    """
+    found: list[Experiment] = []
+    lacking: dict[tuple[str, str], TuningError] = {}
+    for cell in cells:
+        try:
+            found += ready([cell], setup)
+        except TuningError as error:
+            lacking.setdefault((cell.base_method, cell.dataset), error)
+    if lacking and not found:
+        raise next(iter(lacking.values()))
+    return found, [f"left out, {method} on {dataset}: {error}" for (method, dataset), error in lacking.items()]
+
+
+def at_ends(cells: Sequence[Experiment]) -> list[str]:
+    """Return a line for each tuned learning rate that is the last of its grid."""
+    tuned = [cell for cell in cells if cell.table != TUNING and load_profiles().profile(cell.profile).tuning]
+    return list(dict.fromkeys(line for cell in tuned if (line := at_an_end(cell))))
 
 
 def missing_of(cells: Sequence[Experiment], setup: Setup) -> list[Experiment]:

@@ -30,16 +30,19 @@ PROFILES = tuple(ABOUT_PROFILES)
 WORDS = {"ok": "ok", "oom": "out of memory", "failed": "failed", "not run": "not run"}
 # Order of methods within a rank.
 METHODS = ("lora", "dora", "galore_stock", "galore", "crosslore", "crosslore_plus", "full")
+# The paper's score of E2E in table 10, by our reading (docs/reproduction.md), and what it is the mean of.
+MEAN_ROUGE, ROUGES = "mean_ROUGE", ("ROUGE_1", "ROUGE_2", "ROUGE_L")
 # The score that stands in a column; others have the column's name.
 SCORES = {"accuracy": "accuracy_flexible"}
 HOW_MEASURED = (
-    "Measured: time is that of training alone; memory is in GiB, reserved by PyTorch on a GPU and of the whole process "
-    "on a CPU; Acc. is accuracy_flexible; texts are scored against one reference at a time (protocol paper)."
+    "Measured: time is that of training alone, on one CPU thread the processor's; memory is in GiB, reserved by "
+    "PyTorch on a GPU and of the whole process on a CPU; Acc. is accuracy_flexible; texts are scored against one "
+    "reference at a time (protocol paper)."
 )
 ABOUT_SEEDS = "± is the deviation over n seeds."
 ABOUT_INTERVALS = (
     "[low, high] is the 95 % bootstrap interval over test examples; where no example scores, as in 0.00 [0.00, 0.00], "
-    "a bootstrap cannot say how wide it is."
+    "a bootstrap cannot say how wide it is; of several seeds, the means of their bounds."
 )
 # The paper's GB may be either; what is measured is not printed under them without a word.
 BOTH_UNITS = "GB; measured: GiB"
@@ -82,13 +85,14 @@ def table_grid(
         ResultError: if a result is of no cell that the table can have, or one cell has two of the same seed.
         ValueError: if there is no such table.
     """
-    name = f"table{number}"
+    name, results = f"table{number}", list(results)
     if number not in paper.tables:
         return grid_of(paper, number)
     values = measured_values(paper, results, table=name, profile=profile, planned=planned)
     theirs = ", ".join(paper.names.models[model] for model in {k.model: 0 for k in paper.by_key if k.table == name})
     grid = grid_of(paper, number, measured=values, compare=profile == "paper")
-    caption = _caption(paper, values, grid.caption, profile=profile, theirs=theirs)
+    mine = [r for r in results if (r.experiment.table, r.experiment.profile) == (name, profile)]
+    caption = _caption(paper, values, grid.caption, profile=profile, theirs=theirs, results=mine)
     return replace(grid, caption=caption, heads=_both_units(grid.heads) if values else grid.heads)
 
 
@@ -98,9 +102,10 @@ def ablation_grid(
     """Return the table of an ablation: variants by rank; arguments and errors as of `table_grid`."""
     if name not in paper.ablations:
         raise unknown_name("ablation", name, paper.ablations)
-    ablation, table = paper.ablations[name], f"ablation-{name}"
+    ablation, table, results = paper.ablations[name], f"ablation-{name}", list(results)
     values = measured_values(paper, results, table=table, profile=profile, planned=planned)
     columns = [Column(dataset=dataset, metric=m) for dataset, metrics in ablation.columns.items() for m in metrics]
+    mine = [r for r in results if (r.experiment.table, r.experiment.profile) == (table, profile)]
     lines = []
     for model, rank, method in dict.fromkeys((key.model, key.rank, key.method) for key in values):
         labels = (printed("model", model, paper.names), printed("rank", rank, paper.names), _label(ablation, method))
@@ -110,7 +115,7 @@ def ablation_grid(
         lines.append(Line(labels=labels, source=MEASURED, values=tuple(map(values.get, keys))))
     return Grid(
         name=f"{ablation.title} ({ablation.action} the {ablation.part})",
-        caption=_caption(paper, values, "The paper has no such table.", profile=profile),
+        caption=_caption(paper, values, "The paper has no such table.", profile=profile, results=mine),
         labels=("Model", "Rank", "Variant"),
         heads=_both_units(column_head(column, paper.names) for column in columns),
         lines=tuple(lines),
@@ -122,13 +127,21 @@ def _both_units(heads: Iterable[Head]) -> tuple[Head, ...]:
     return tuple(replace(head, text=head.text.replace("(GB)", f"({BOTH_UNITS})")) for head in heads)
 
 
-def _caption(paper: Paper, keys: Iterable[CellKey], caption: str, *, profile: str, theirs: str = "") -> str:
+def _caption(
+    paper: Paper, keys: Iterable[CellKey], caption: str, *, profile: str, results: Sequence[Result], theirs: str = ""
+) -> str:
     """Return a caption with profile and models in front and how it was measured behind."""
     models = ", ".join(printed("model", model, paper.names) for model in dict.fromkeys(key.model for key in keys))
     parts = [f"Profile {profile}, {models or 'nothing planned or run'}: {ABOUT_PROFILES[profile]}"]
     if theirs and profile != "paper":
         parts.append(f"The paper's rows are of {theirs}; they stand here as printed and cannot be compared with.")
-    about = [HOW_MEASURED, ABOUT_SEEDS, *([ABOUT_INTERVALS] if profile != "paper" else [])]
+    devices = dict.fromkeys(f"{r.device.name}, {r.device.kind}, threads: {r.device.threads}" for r in results)
+    about = [
+        HOW_MEASURED,
+        *(f"On {device}." for device in devices),
+        ABOUT_SEEDS,
+        *([ABOUT_INTERVALS] if profile != "paper" else []),
+    ]
     return " ".join([*parts, caption, *(about if models else [])])
 
 
@@ -162,7 +175,11 @@ def measured_values(
 def number_of(result: Result, metric: str) -> float | None:
     """Return what a result has for a metric of the paper's columns."""
     if metric in ("time", "memory"):
-        return result.hours if metric == "time" else result.peak
+        return result.time if metric == "time" else result.peak
+    if metric == MEAN_ROUGE:
+        parts = [number_of(result, name) for name in ROUGES]
+        known = [part for part in parts if part is not None]
+        return sum(known) / len(known) if len(known) == len(parts) else None
     score = result.scores.get(SCORES.get(metric, metric))
     return None if score is None else score.value
 

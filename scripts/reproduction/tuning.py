@@ -58,10 +58,11 @@ def _require_tuning(profile: Profile) -> Tuning:
 def chosen_lr(results_folder: Path, exp: Experiment) -> float:
     """Return the learning rate of the lowest held-out loss for the method and data set of a cell.
 
-    Variants of an ablation take that of CrossLore. Runs that failed or diverged are passed over.
+    Variants of an ablation take that of CrossLore. Runs that diverged are passed over. One that failed or had no
+    memory says nothing of its rate and counts as not run: it is tried again.
 
     Raises:
-        TuningError: if runs of the grid are not there, or all of them failed; names them and the command.
+        TuningError: if runs of the grid are not there, or all of them diverged; names them and the command.
     """
     grid = grid_of(exp)
     losses = {run.name: _held_out_loss(results_folder / TUNING / f"{run.name}.json") for run in grid}
@@ -70,28 +71,39 @@ def chosen_lr(results_folder: Path, exp: Experiment) -> float:
     if missing:
         raise TuningError(
             f"the learning rate of {exp.name} is chosen from {len(grid)} tuning runs, and {results_folder / TUNING} "
-            f"has no result of {', '.join(missing)}. {command}"
+            f"has no loss of {', '.join(missing)}. {command}"
         )
     finite = [run for run in grid if isfinite(losses[run.name] or 0.0)]
     if not finite:
         raise TuningError(
-            f"the learning rate of {exp.name} needs one tuning run that ended, all {len(grid)} in "
-            f"{results_folder / TUNING} failed. Remove them and change the grid in profiles.toml, then: {command}"
+            f"the learning rate of {exp.name} needs one tuning run that trains, all {len(grid)} in "
+            f"{results_folder / TUNING} diverged. Change the grid in profiles.toml, then: {command}"
         )
     best = min(finite, key=lambda run: losses[run.name] or 0.0)
     return float(best.settings["learning_rate"])
 
 
+def at_an_end(exp: Experiment) -> str:
+    """Return a line if the rate of a cell is the lowest or highest of its grid, else nothing."""
+    rates = [run.settings["learning_rate"] for run in grid_of(exp)]
+    if exp.settings["learning_rate"] not in (min(rates), max(rates)):
+        return ""
+    what = f"the learning rate of {exp.base_method} on {exp.dataset}, {exp.settings['learning_rate']:g},"
+    return f"{what} is at an end of its grid: a better one may lie beyond. Widen the grid in profiles.toml."
+
+
 def _held_out_loss(path: Path) -> float | None:
-    """Return the loss in a result file, infinity for a run without one, None where there is no file."""
+    """Return the loss in a result file, infinity for a run that diverged, None where a run has yet to end."""
     if not path.is_file():
         return None
     try:
         content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))  # Any: JSON
-        value = content["scores"].get("eval_loss", {}).get("value")
-        if content["status"] == "ok" and not isinstance(value, int | float):
+        if content["status"] != "ok":
+            return None
+        if "eval_loss" not in content["scores"]:
             raise ValueError("it has no score `eval_loss`")
-        return float(value) if content["status"] == "ok" and isfinite(value) else float("inf")
+        value = content["scores"]["eval_loss"]["value"]
+        return float(value) if value is not None and isfinite(value) else float("inf")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise TuningError(
             f"{path} must be the result of a tuning run, and cannot be used: {error}. Remove it and run "

@@ -35,6 +35,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
     monkeypatch.setattr(measure.time, "perf_counter", lambda: found.now)
+    monkeypatch.setattr(measure.time, "process_time", lambda: found.now / 2)
     return found
 
 
@@ -98,7 +99,7 @@ def test_seconds_are_those_of_steps_without_loading_evaluation_and_saving(tmp_pa
     run.train()
     found = read(file)
     assert (found["train_seconds"], found["steps"], found["interrupted_seconds_before"]) == (16.0, 8, 0.0)
-    assert found["tokens"] == 8 * 2 * 6
+    assert found["cpu_seconds"] == 8.0 and found["tokens"] == 8 * 2 * 6
     logged = [[row["step"], row["loss"]] for row in run.state.log_history if "loss" in row]
     assert found["losses"] == logged and len(logged) == 8
     assert (found["loss_first"], found["loss_last"]) == (logged[0][1], logged[-1][1])
@@ -119,7 +120,11 @@ def test_a_resumed_run_reports_the_sum_of_the_steps_that_count(tmp_path: Path, c
     again.train(resume_from_checkpoint=True)
     found = read(file)
     assert (found["train_seconds"], found["interrupted_seconds_before"], found["steps"]) == (16.0, 8.0, 8)
-    assert found["tokens"] == 8 * 2 * 6 and [step for step, _ in found["losses"]] == list(range(1, 9))
+    assert (
+        found["cpu_seconds"] == 8.0
+        and found["tokens"] == 8 * 2 * 6
+        and [step for step, _ in found["losses"]] == list(range(1, 9))
+    )
 
 
 def test_a_run_resumed_twice_from_one_checkpoint_counts_no_step_twice(tmp_path: Path, clock: Clock) -> None:
@@ -160,7 +165,7 @@ def test_an_earlier_part_that_was_not_measured_is_null_and_named(
         trainer(tmp_path, clock, MeasureCallback(file)).train(resume_from_checkpoint=True)
     found = read(file)
     assert (found["train_seconds"], found["interrupted_seconds_before"], found["steps"]) == (8.0, None, 4)
-    assert found["tokens"] is None
+    assert found["tokens"] is None and found["cpu_seconds"] is None
     assert "does not say what the run" in caplog.text and "step 4" in caplog.text
 
 

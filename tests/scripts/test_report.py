@@ -136,6 +136,15 @@ def test_short_times_keep_their_digits(lib, paper, make):
     assert rows(lib, grid, "SmolLM2-135M")[0][4] == "0.0123 (n = 1)"
 
 
+def test_time_on_one_cpu_thread_is_the_processors(lib, paper, make):
+    train = {"steps": 3, "cpu_seconds": 36.0}
+    for kind, threads, shown in (("cpu", 1, "0.0100"), ("cpu", 2, "0.0500"), ("cuda", 1, "0.0500")):
+        device = lib.results.Device(name="AMD EPYC", kind=kind, threads=threads)
+        grid = lib.tables.table_grid(paper, 1, [make(hours=0.05, train=train, device=device, **SMALL)], profile="small")
+        assert rows(lib, grid, "SmolLM2-135M")[0][4] == f"{shown} (n = 1)"
+        assert f"On AMD EPYC, {kind}, threads: {threads}." in grid.caption
+
+
 def test_table_2_has_the_scores_of_the_papers_protocol(lib, paper, make):
     grid = lib.tables.table_grid(paper, 2, [make(table="table2", dataset="e2e")], profile="paper")
     (row,) = [row for row in rows(lib, grid, "CrossLore", "128") if row[2] == "measured"]
@@ -169,8 +178,8 @@ def test_table_10_compares_accuracy_and_not_the_score_that_is_not_stated(lib, pa
     (mine, apart) = rows(lib, grid, "GSM8k", "LLaMA2-7B", "Acc.")[1:]
     assert mine[3:] == ["measured", "–", "35.50 ± 0.71 (n = 2)", "–", "–"]
     assert apart[3:] == ["difference", "–", "+1.80", "–", "–"]
-    (e2e,) = rows(lib, grid, "E2E", "LLaMA2-7B", "BLEU")
-    assert e2e[3:6] == ["measured", "–", "61.500 ± 0.707 (n = 2)"]
+    (e2e,) = rows(lib, grid, "E2E", "LLaMA2-7B", "mean of ROUGE-1, -2, -L")
+    assert e2e[3:6] == ["measured", "–", "49.500 ± 0.707 (n = 2)"]  # (66 + 35 + 43) / 3, plus the seed
     assert len(rows(lib, grid, "E2E", "LLaMA2-7B", "not stated")) == 1
 
 
@@ -326,6 +335,11 @@ def test_figure_2b_has_both_projections_of_the_benchmark_suite(lib, sources):
         mine = [r for r in table if (r["weight"], r["rank"], r["basis"]) == ("q_proj", "128", basis)]
         assert list(bars.lines[0].get_ydata()) == [float(row["error_median"]) for row in mine]
     assert "are not in its text" in texts(figure).replace("\n", " ")
+
+
+def test_one_seed_is_drawn_without_a_deviation(lib, sources, make):
+    figure = lib.figures.draw("3", sources([make(table="table10", column="0.6")]))
+    assert not figure.axes[3].containers[0].has_yerr and "1 seed)" in figure.axes[3].get_xlabel()
 
 
 @pytest.mark.parametrize(("number", "first"), [("3", (33.64, 0.97)), ("4", (69.57, 0.76))])

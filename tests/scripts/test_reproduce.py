@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import reproduce
-from reproduction import cell_run, needs, selection
+from reproduction import needs, outcome, selection
 from reproduction.cells import Experiment
 from reproduction.experiments import experiments
 from reproduction.memory_need import memory_lines
@@ -229,8 +229,8 @@ def test_a_lone_model_for_several_is_refused() -> None:
 
 
 def test_paths_of_a_machine_are_not_in_a_result() -> None:
-    assert cell_run._without_folder("/somewhere/else/model") == "model"
-    assert cell_run._without_folder("models/SmolLM2-135M-Instruct") == "models/SmolLM2-135M-Instruct"
+    assert outcome.without_folder("/somewhere/else/model") == "model"
+    assert outcome.without_folder("models/SmolLM2-135M-Instruct") == "models/SmolLM2-135M-Instruct"
 
 
 @pytest.mark.slow

@@ -8,17 +8,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import reproduce
-from reproduction import cell_run, facts, needs, outputs, probe, runner, selection
+from reproduction import cell_run, facts, needs, outcome, outputs, probe, runner, selection, tuning
 from reproduction.cells import Experiment
 from reproduction.experiments import experiments
 from reproduction.processes import Processes
-from reproduction.results import DataFile, Device, Result, write_result
+from reproduction.results import DataFile, Device, Result, Score, read_results, write_result
 from reproduction.tuning import TuningError, grid_of
 
 DRIVER = Path(__file__).with_name("reproduce_with_stand_ins.py")
@@ -56,7 +57,7 @@ def write(place: cell_run.Setup, cell: Experiment, **changes: Any) -> None:
         "experiment": cell.identity, "status": "ok", "config": cell_run.config_of(cell, place),
         "config_hash": cell_run.hash_of(cell, place), "commit": "abc", "packages": {},
         "data": cell_run.data_of(cell, place), "device": Device(name="CPU", kind="cpu", threads=1), "hours": 0.1,
-        "scores": {"eval_loss": cell_run.Score(value=1.0)}, "finished": "2026-01-01",
+        "scores": {"eval_loss": Score(value=1.0)}, "finished": "2026-01-01",
     }  # fmt: skip
     write_result(place.results, Result(**{**fields, **changes}))
 
@@ -184,9 +185,9 @@ def test_seeds_that_were_asked_for_and_not_run_are_said(tmp_path: Path) -> None:
 # A cell
 
 
-def failure(folder: Path, text: str, code: int = 1) -> cell_run.CellFailed:
+def failure(folder: Path, text: str, code: int = 1) -> outcome.CellFailed:
     (folder / "log").write_text(text, encoding="utf-8")
-    return cell_run._failure("training", code, folder / "log")
+    return outcome.failure("training", code, folder / "log")
 
 
 def test_memory_that_was_short_in_an_earlier_run_is_not_this_ones_reason(tmp_path: Path) -> None:
@@ -213,20 +214,132 @@ def test_an_evaluation_that_prints_no_scores_fails_its_cell_alone(printed: str, 
     place = setup(tmp_path)
     words = ["python", "-c", f"print({printed!r})"]
     (tmp_path / "work").mkdir()
-    with pytest.raises(cell_run.CellFailed, match="must be one JSON object with scores"):
+    with pytest.raises(outcome.CellFailed, match="must be one JSON object with scores"):
         cell_run._scored(words, log=tmp_path / "log", printed=tmp_path / "out.json", folder=tmp_path, setup=place)
 
 
-def test_a_score_that_is_no_number_fails_its_cell_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, (cell, *_) = setup(tmp_path), small("tuning")
-    measure = {"train_seconds": 3.6, "eval_loss": float("nan"), "peak": {}, "losses": [[1, 1.0]]}
+def trains(monkeypatch: pytest.MonkeyPatch, **measure: Any) -> list[Path]:
+    """Make a training one that leaves a measurement; return the folders that it ran in."""
+    found: list[Path] = []
+    content = {"train_seconds": 3.6, "steps": 3, "peak": {}, "losses": [[1, 1.0]], **measure}
 
     def train(config: object, folder: Path, _: object) -> None:
-        (folder / "measure.json").write_text(json.dumps(measure), encoding="utf-8")
+        found.append(folder)
+        (folder / "measure.json").write_text(json.dumps(content), encoding="utf-8")
 
     monkeypatch.setattr(cell_run, "train", train)
-    result = cell_run.run_cell(cell, place)
+    return found
+
+
+def test_a_number_that_is_none_fails_its_cell_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trains(monkeypatch, train_seconds=float("nan"), eval_loss=1.0)
+    result = cell_run.run_cell(small("tuning")[0], setup(tmp_path))
     assert result.status == "failed" and "its numbers are no result" in result.reason
+
+
+@pytest.mark.parametrize("loss", [None, float("nan")])
+def test_a_run_for_tuning_that_diverged_is_a_result(
+    loss: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, runs = setup(tmp_path), small("tuning")
+    folders = trains(monkeypatch, eval_loss=loss)
+    result = cell_run.run_cell(runs[0], place)
+    assert result.status == "ok" and "diverged" in result.scores["eval_loss"].reason and len(folders) == 1
+    assert cell_run.finished(runs[0], place) == result
+    for run_, value in zip(runs[1:], (2.0, 1.5, 1.8), strict=True):
+        write(place, run_, scores={"eval_loss": Score(value=value)})
+    assert tuning.chosen_lr(place.results, small()[0]) == runs[2].settings["learning_rate"]
+
+
+@pytest.mark.parametrize("status", ["oom", "failed"])
+def test_a_run_for_tuning_without_memory_is_tried_again(status: Any, tmp_path: Path) -> None:
+    """Memory does not depend on the learning rate, so it says nothing of it."""
+    place, (first, *others) = setup(tmp_path), small("tuning")
+    for run_ in others:
+        write(place, run_)
+    write(place, first, status=status, reason="short", hours=None, scores={})
+    assert cell_run.finished(first, place) is None
+    with pytest.raises(tuning.TuningError, match=f"has no loss of {first.name}. Run: python"):
+        tuning.chosen_lr(place.results, small()[0])
+    (cell,) = (replace(cell, settings={"learning_rate": 1e-4}) for cell in small("table1", rank=16))
+    write(place, cell, status="oom", reason="short", hours=None, scores={})
+    assert cell_run.finished(cell, place) is not None  # of a table it is a result
+
+
+def test_cells_without_a_learning_rate_do_not_stop_the_others(tmp_path: Path) -> None:
+    place = setup(tmp_path)
+    for run_ in small("tuning", method="dora"):
+        write(place, run_)
+    cells = [*small(), *small(method="dora")]
+    found, (line,) = runner.those_ready(cells, place)
+    assert {cell.method for cell in found} == {"dora"} and all("learning_rate" in cell.settings for cell in found)
+    assert line.startswith("left out, lora on mawps: the learning rate of ")
+    with pytest.raises(tuning.TuningError, match="chosen from 4 tuning runs"):
+        runner.those_ready(small(), place)
+
+
+def test_a_rate_at_an_end_of_its_grid_is_said(tmp_path: Path) -> None:
+    low, *others = (cell.settings["learning_rate"] for cell in small("tuning"))
+    cells = [replace(cell, settings={"learning_rate": rate}) for cell in small() for rate in (low, others[0])]
+    (line,) = runner.at_ends(cells)
+    assert line.startswith(f"the learning rate of lora on mawps, {low:g}, is at an end of its grid")
+
+
+def test_scoring_that_fails_starts_anew_and_keeps_what_the_training_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, (cell, _) = setup(tmp_path), small()
+    cell, there = replace(cell, settings={"learning_rate": 1e-4}), []
+
+    def scores(exp: Experiment, folder: Path, _: object) -> dict[str, Score]:
+        there.append((folder / "predictions.jsonl.partial").exists())
+        (folder / "predictions.jsonl.partial").write_text("{}")
+        raise outcome.CellFailed("evaluation ended with exit code 2: of other versions", oom=False)
+
+    folders = trains(monkeypatch)
+    monkeypatch.setattr(cell_run, "_scores", scores)
+    result = cell_run.run_cell(cell, place)
+    assert there == [False, False] and len(folders) == 1
+    assert result.status == "failed" and result.hours == pytest.approx(0.001)
+
+
+def test_the_outputs_of_a_scored_cell_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, (cell, _) = setup(tmp_path), small()
+    cell = replace(cell, settings={"learning_rate": 1e-4})
+
+    def scores(exp: Experiment, folder: Path, _: object) -> dict[str, Score]:
+        (folder / "predictions.jsonl").write_text("{}")
+        return {"accuracy_flexible": Score(value=1.0)}
+
+    trains(monkeypatch)
+    monkeypatch.setattr(cell_run, "_scores", scores)
+    assert cell_run.run_cell(cell, place).status == "ok"
+    assert (place.work / "predictions" / "table1" / f"{cell.name}.jsonl").read_text() == "{}"
+    assert not cell_run.folder_of(cell, place).exists()
+
+
+def test_work_of_another_model_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cell, _), folders = small(), trains(monkeypatch)
+    cell = replace(cell, settings={"learning_rate": 1e-4})
+
+    def scores(exp: Experiment, folder: Path, _: object) -> dict[str, Score]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cell_run, "_scores", scores)
+    for name, count in (("owner/one", 1), ("owner/one", 1), ("owner/other", 2)):
+        with pytest.raises(KeyboardInterrupt):
+            cell_run.run_cell(cell, setup(tmp_path, name))
+        assert len(folders) == count
+
+
+def test_results_of_several_commits_are_said(tmp_path: Path) -> None:
+    place = setup(tmp_path)
+    for index, run_ in enumerate(small("tuning")):
+        write(place, run_, commit="abc" if index else "def")
+    results = read_results(place.results)
+    (line,) = outputs.of_several_commits(results, profile="small")
+    assert line.startswith("results of tuning are of 2 commits of the code (") and "abc" in line and "def" in line
+    assert outputs.of_several_commits(results, profile="paper") == []
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from reproduction.panels import Sources
 from reproduction.paper import Paper
 from reproduction.render import render
 from reproduction.report import write_report
-from reproduction.results import Result, write_whole
+from reproduction.results import Result
 from reproduction.tables import ablation_grid, table_grid
 from reproduction.tuning import TuningError, with_lr
+from reproduction.whole_file import write_whole
 
 BENCHMARKS = Path(__file__).parents[2] / "results" / "benchmarks"
 # Names in a line.

@@ -17,8 +17,9 @@ from reproduction.grids import printed
 from reproduction.panels import Sources
 from reproduction.paper import Paper
 from reproduction.render import Grid, in_words
-from reproduction.results import Identity, Result, Score, result_path, write_whole
+from reproduction.results import Identity, Result, Score, result_path
 from reproduction.tables import WORDS, Planned, ablation_grid, table_grid
+from reproduction.whole_file import write_whole
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 BANNERS = {

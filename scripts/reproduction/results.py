@@ -6,8 +6,6 @@ another protocol has that protocol in front: "BLEU" is of `paper`, "e2e-official
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite
@@ -16,6 +14,7 @@ from typing import Any, Literal, NoReturn, cast, get_args
 
 from crosslore_eval.errors import shown
 from reproduction.reading import PaperDataError, Section
+from reproduction.whole_file import write_whole
 
 SCHEMA = 1
 Status = Literal["ok", "oom", "failed"]
@@ -164,22 +163,6 @@ def write_result(folder: Path, result: Result) -> Path:
     path = result_path(folder, result.experiment)
     write_whole(path, json.dumps(_as_json(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is complete or not there; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)  # the part's name is its own: several runs may write at once
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
 
 
 def read_results(folder: Path) -> list[Result]:

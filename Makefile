@@ -43,6 +43,7 @@ check: $(STAMP) ## Format, lint, types and size limits
 	$(PY) scripts/check_sizes.py
 	$(PY) scripts/make_methods_table.py --check
 	$(PY) scripts/make_configs.py --check
+	$(PY) scripts/make_small_tables.py --check
 	$(PY) benchmarks/tables.py --check
 	$(PY) benchmarks/ablation_report.py --check
 

@@ -3,9 +3,10 @@
     python benchmarks/memory_7b.py                   # writes results/memory_7b.json; seconds, nothing is downloaded
 
 Nothing is allocated: the model is on torch's meta device, the state is counted by `crosslore.memory.state_bytes`. With
-compact gradients a linear layer's gradient is its R (fp32); G of the weight whose basis is being fitted comes and goes.
-"layerwise" holds one gradient at a time; the largest is an embedding's. "compact-layerwise" holds R of the few weights
-that step together, and rows of an embedding's gradient, as many as on a GPU.
+compact gradients a linear layer's gradient is its R and the gradient at the residual's positions (fp32); G of the
+weight whose basis is being fitted comes and goes. "layerwise" holds one gradient at a time; the largest is an
+embedding's. "compact-layerwise" holds compact gradients of the few weights that step together, and rows of an
+embedding's gradient, as many as on a GPU.
 Activations are not counted: they depend on batch, length and checkpointing.
 """
 
@@ -20,7 +21,9 @@ from torch import nn
 from crosslore import LowRankOptimizer, create_optimizer
 from crosslore.compact.rows import rows_weights
 from crosslore.estimate.at_once import row_entries, waiting_compact
+from crosslore.items import Item
 from crosslore.memory import state_bytes
+from crosslore.residuals.sparse import SparseResidual
 from crosslore.targets import embedding_weights
 
 OUTPUT = Path(__file__).resolve().parent.parent / "results" / "memory_7b.json"
@@ -42,19 +45,27 @@ def gradient_bytes(optimizer: LowRankOptimizer, net: nn.Module, mode: str) -> in
     """Return the most bytes of gradients alive together: all of them at the end of backward, or what waits in it."""
     items = [optimizer.items.of(p) for p in net.parameters() if p.requires_grad]
     low = {id(item.weight): sum(math.prod(block.layout.low_shape) for block in item.blocks) for item in items}
+    held = {id(item.weight): 4 * (low[id(item.weight)] + kept_entries(item)) for item in items if low[id(item.weight)]}
     whole = {id(item.weight): item.weight.numel() * item.weight.element_size() for item in items}
     if mode == "full":
         return sum(whole.values())
     if mode == "layerwise":
         return max(whole.values())
     if mode == "compact":
-        return sum(4 * low[key] or size for key, size in whole.items())
+        return sum((whole | held).values())
     rows = {id(w): w.element_size() * row_entries(w, "cuda") for w in rows_weights(optimizer, net)}
     pieces = {key: size for key, size in (whole | rows).items() if not low[key]}
-    most, left = waiting_compact([entries for entries in reversed(low.values()) if entries], "cuda")
+    sizes = list(reversed(held.values()))
+    most, left = waiting_compact([entries for entries in reversed(low.values()) if entries], "cuda", sizes=sizes)
     # The input embedding is the last one: R of the last few layers still wait.
     ends = [pieces.get(id(w), 0) for w in embedding_weights(net).values()]
-    return max(4 * most, 4 * left + ends[0], *pieces.values())
+    return max(most, left + ends[0], *pieces.values())
+
+
+def kept_entries(item: Item) -> int:
+    """Return how many entries of a weight its residual keeps."""
+    pairs = zip(item.blocks, item.methods, strict=True)
+    return sum(m.residual.kept(b.layout) for b, m in pairs if isinstance(m.residual, SparseResidual))
 
 
 def row(preset: str, rank: int, rule: str, embeddings: str) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def text_of(cell: Experiment, name: str, paper: Paper) -> str:
         f"# Table {cell.table.removeprefix('table')} of the paper: {paper.names.models[cell.model]}, "
         f"{paper.names.datasets[cell.dataset]}, {TITLES[cell.method]}{rank}.",
         "# Written by scripts/make_configs.py from scripts/reproduction/profiles.toml, which gives the reasons.",
-        f"#   python scripts/prepare_data.py {cell.dataset}",
+        f"#   python scripts/prepare_data.py {cell.dataset}{' --source DIR' if cell.dataset == 'mawps' else ''}",
         f"#   llamafactory-cli train yaml_configs/{cell.table}/{name}.yaml",
     ]
     comment = commenter(cell, config, paper)
@@ -113,7 +113,17 @@ def text_of(cell: Experiment, name: str, paper: Paper) -> str:
         if keys:
             lines += ["", f"### {part}", *(with_comment(f"{key}: {scalar(config[key])}", comment(key)) for key in keys)]
     options = " ".join(word for word in evaluation_options(cell) if word not in ("--confidence", "--json"))
-    return "\n".join([*lines, "", "### then", f"#   crosslore-eval run {cell.dataset} --model {output} {options}", ""])
+    scored = profile.datasets[cell.dataset].test_rows
+    then = f"### then, for all test rows (the table scores {scored} of them: make reproduce-{cell.table})"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            then if scored else "### then",
+            f"#   crosslore-eval run {cell.dataset} --model {output} {options}",
+            "",
+        ]
+    )
 
 
 def commenter(cell: Experiment, config: Config, paper: Paper) -> Callable[[str], str]:

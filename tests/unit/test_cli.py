@@ -34,6 +34,14 @@ def test_estimate_prints_every_method_and_what_is_assumed(tiny: str, capsys: pyt
     assert "with checkpointing" in text and "not checked" not in text
 
 
+def test_the_page_about_memory_shows_what_estimate_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason='needs transformers: pip install "crosslore[estimate]"')
+    assert main(["estimate", "LLaMA2-7B"]) == 0
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    shown = page.partition("```text\n")[2].partition("```")[0]
+    assert shown.startswith("LLaMA2-7B: ") and shown.split() == capsys.readouterr().out.split()
+
+
 def test_estimate_as_json_is_in_bytes_and_adds_up(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--rank", "8", "--preset", "fira", "--gradients", "layerwise", "--gpu-gb", "2", "--cuda-gb", "0.5"]
     assert main(["estimate", tiny, *words, "--json"]) == 0

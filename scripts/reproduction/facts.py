@@ -46,7 +46,7 @@ def device(threads: int) -> Device:
     """Return what a cell runs on, as its measurement names it: the first GPU, or the processor."""
     import torch
 
-    from crosslore.integrations.measure import describe_device
+    from crosslore.integrations.device import describe_device
 
     found = describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return Device(name=found["name"], kind=found["kind"], threads=threads)

@@ -1,4 +1,4 @@
-"""`reproduce.py` with a training and an evaluation that take a second and learn nothing, for tests of the runner."""
+"""`reproduce.py` with a model, a training and an evaluation that learn nothing, for tests of the runner."""
 
 import os
 import sys
@@ -37,6 +37,15 @@ def run(command: list[str], **options: object) -> int:
     return SCORED(command, **options)  # type: ignore[arg-type]
 
 
+def make_tiny_model(folder: Path) -> Path:
+    """Write what the runner looks for in a model's folder."""
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("{}", encoding="utf-8")
+    return folder
+
+
+reproduce.make_tiny_model = make_tiny_model
 cell_run.training_command = lambda path, model, plan: [sys.executable, "-c", TRAINING, str(path), str(model)]
 cell_run._run = run
 

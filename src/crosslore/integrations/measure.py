@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import platform
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from crosslore.integrations.device import describe_device
 from crosslore.integrations.telemetry import telemetry_of
 
 logger = logging.getLogger(__name__)
@@ -286,15 +286,3 @@ def last_eval_loss(state: Passed) -> float | None:
     """Return the loss of the last evaluation, or None."""
     found = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
     return finite(found[-1]) if found else None
-
-
-def describe_device(device: torch.device) -> Json:
-    """Return kind, name and number of CPU threads of what the training ran on."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-        name = next(names, platform.processor() or platform.machine())
-    return {"kind": device.type, "name": name, "threads": torch.get_num_threads()}

@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from generated_part import write_part
+
 from crosslore import PRESETS, LowRankConfig
 from crosslore.presets import Preset
 
@@ -20,19 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare; exit status 1 if the page is out of date")
     check = parser.parse_args().check
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    _, found, after = rest.partition(END)
-    if not found:
-        print(f"{PAGE} has no lines {START!r} and {END!r}. Put them where the table belongs.", file=sys.stderr)
-        return 2
-    new = f"{before}{START}\n\n{table()}\n\n{END}{after}"
-    if check:
-        if new != text:
-            print(f"{PAGE} is out of date. Run: python {Path(__file__).name}", file=sys.stderr)
-        return int(new != text)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    return write_part(PAGE, table(), start=START, end=END, check=check, command=Path(__file__).name)
 
 
 def table() -> str:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from generated_part import write_part
 from reproduction.cells import METHODS, TUNING
 from reproduction.grids import printed
 from reproduction.paper import load_paper
@@ -16,7 +17,7 @@ from reproduction.results import Result, read_results
 from reproduction.tables import number_of
 
 ROOT = Path(__file__).parents[1]
-PROFILE = "small"
+PROFILE, NAME = "small", "make_small_tables.py"
 END = "<!-- end of the results -->"
 README, DOCS = ROOT / "README.md", ROOT / "docs" / "reproduction.md"
 # data set -> table, score of the column, decimals
@@ -34,22 +35,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only compare; exit status 1 if a page is out of date")
     check = parser.parse_args().check
     results = [r for r in read_results(ROOT / "results") if r.experiment.profile == PROFILE]
-    stale = False
-    for page, text in ((README, overview(results)), (DOCS, details(results))):
-        start = f"<!-- results of profile {PROFILE}: written by scripts/{Path(__file__).name} -->"
-        old = page.read_text(encoding="utf-8")
-        before, _, rest = old.partition(start)
-        _, found, after = rest.partition(END)
-        if not found:
-            print(f"{page} has no lines {start!r} and {END!r}. Put them where the tables belong.", file=sys.stderr)
-            return 2
-        new = f"{before}{start}\n\n{text}\n\n{END}{after}"
-        if new != old and check:
-            print(f"{page} is out of date. Run: python scripts/{Path(__file__).name}", file=sys.stderr)
-        stale = stale or new != old
-        if not check:
-            page.write_text(new, encoding="utf-8")
-    return int(stale and check)
+    start, command = f"<!-- results of profile {PROFILE}: written by scripts/{NAME} -->", f"scripts/{NAME}"
+    return max(
+        write_part(page, text, start=start, end=END, check=check, command=command)
+        for page, text in ((README, overview(results)), (DOCS, details(results)))
+    )
 
 
 def overview(results: Sequence[Result]) -> str:

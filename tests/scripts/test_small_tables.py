@@ -74,4 +74,4 @@ def test_the_pages_are_up_to_date_and_a_stale_one_is_named(lib, tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["make_small_tables.py"])
     assert lib.main() == 0 and page.read_text(encoding="utf-8") == lib.ROOT.joinpath("README.md").read_text("utf-8")
     page.write_text("nothing", encoding="utf-8")
-    assert lib.main() == 2 and "Put them where the tables belong" in capsys.readouterr().err
+    assert lib.main() == 2 and "Put them where the text belongs" in capsys.readouterr().err

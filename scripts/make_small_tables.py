@@ -5,6 +5,7 @@ python scripts/make_small_tables.py --check   # exit status 1 if a page is out o
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ SCORES = {"e2e": ("table2", "BLEU", 1), "mawps": ("table1", "accuracy", 1), "gsm
 HEADS = {"e2e": "E2E, BLEU", "mawps": "MAWPS, accuracy %", "gsm8k": "GSM8K, accuracy %"}
 TEXT_SCORES = {"BLEU": 1, "NIST": 2, "METEOR": 1, "ROUGE_1": 1, "ROUGE_2": 1, "ROUGE_L": 1, "CIDEr": 2,
                "e2e-official/BLEU": 3}  # fmt: skip
-NOT_RUN = "not run"
+NOT_RUN, BEFORE = "not run", "before training"
 
 Found = dict[tuple[str, str, int], Result]  # by data set, method, rank
 
@@ -50,7 +51,8 @@ def overview(results: Sequence[Result]) -> str:
          *cost(found.get(("e2e", method, rank))))
         for method, rank in places(found)
     ]  # fmt: skip
-    return table(("method", "rank", *HEADS.values(), "processor s a step, E2E", "peak GiB, E2E"), rows)
+    first = (BEFORE, "–", *(untrained(d, *SCORES[d][1:]) for d in SCORES), "–", "–")
+    return table(("method", "rank", *HEADS.values(), "processor s a step, E2E", "peak GiB, E2E"), [first, *rows])
 
 
 def details(results: Sequence[Result]) -> str:
@@ -65,6 +67,7 @@ def details(results: Sequence[Result]) -> str:
         (name_of(method), str(rank or "–"), *(c for d in SCORES for c in cost(found.get((d, method, rank)))))
         for method, rank in places(found)
     ]
+    first = (BEFORE, "–", *(untrained("e2e", name, digits) for name, digits in TEXT_SCORES.items()))
     heads = [f"{head.partition(',')[0]}, {what}" for head in HEADS.values() for what in ("s a step", "GiB")]
     return "\n\n".join(
         (
@@ -78,7 +81,7 @@ def details(results: Sequence[Result]) -> str:
                     "rank",
                     *(name.replace("_", "-").replace("e2e-official/", "official ") for name in TEXT_SCORES),
                 ),
-                texts,
+                [first, *texts],
             ),
             "What a training took, processor seconds of a step and peak memory of the process:",
             table(("method", "rank", *heads), costs),
@@ -125,6 +128,17 @@ def score(result: Result | None, metric: str, digits: int) -> str:
         return result.status if result.status != "ok" else "not measured"
     interval = "" if found.low is None else f" [{found.low:.{digits}f}, {found.high:.{digits}f}]"
     return f"{found.value:.{digits}f}{interval}"
+
+
+def untrained(dataset: str, metric: str, digits: int) -> str:
+    """Return a score of the model as it comes, from what the command in docs/reproduction.md prints."""
+    path = ROOT / "results" / "evaluation" / f"untrained_{PROFILE}_{dataset}.json"
+    scores = json.loads(path.read_text(encoding="utf-8"))["scores"]
+    found = scores.get({"accuracy": "accuracy_flexible"}.get(metric, metric))
+    if found is None:
+        return "–"
+    low, high = found["confidence_95"]
+    return f"{found['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def cost(result: Result | None) -> tuple[str, str]:

@@ -193,8 +193,8 @@ def _value(runs: Sequence[Result | None], metric: str, *, like: Decimal, interva
     numbers = [number for number in (number_of(run, metric) for run in done) if number is not None]
     if not numbers:
         return Value(text="not measured")
-    if metric == "time" and max(numbers) < 0.1:
-        like = Decimal("0.0001")  # a third of a second
+    if metric == "time" and (intervals or max(numbers) < 0.1):
+        like = Decimal("0.0001")  # a third of a second; runs of minutes, but for the paper's
     note = ", ".join(f"{count} {WORDS[state]}" for state, count in counts.items())
     value = replace(measured(numbers, like=like), note=note)
     scores = [run.scores.get(SCORES.get(metric, metric)) for run in done]
